@@ -1,0 +1,62 @@
+"""gunicorn's settings; here because gunicorn looks for a file of this name beside the application.
+
+Heroku's web dynos, `make run` and `gunicorn catvote:app` all start with these. gunicorn itself
+reads PORT and GUNICORN_CMD_ARGS from the environment; the latter wins over this file.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import bottle
+from psycopg import ProgrammingError
+from psycopg.conninfo import conninfo_to_dict
+
+try:
+    if not conninfo_to_dict(os.environ.get("DATABASE_URL", "")):
+        sys.exit("catvote: DATABASE_URL is not set; see .env.example")
+except ProgrammingError:  # whose text quotes the URL, password and all
+    sys.exit("catvote: DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example")
+
+workers = os.environ.get("WEB_CONCURRENCY", "2")
+
+# Threads cost little and a slow visitor holds one; database connections, which cost, are
+# fewer: see the pools in catvote.py.
+worker_class = "gthread"
+threads = 64
+
+# Longer than a router in front keeps its connections (Heroku's: 90 s), so that it never
+# sends a request into a connection just closed.
+keepalive = 95
+# Heroku kills 30 s after the first signal.
+graceful_timeout = 25
+
+# A platform's router logs each request already; GUNICORN_CMD_ARGS=--access-logfile=- does it here.
+accesslog = None
+# No headers from visitors become SCRIPT_NAME or PATH_INFO, and no socket appears in $HOME.
+forwarder_headers = ""
+control_socket_disable = True
+
+# Reload on save, and Bottle's own error pages, with the traceback.
+DEVELOPMENT = bool(os.environ.get("DEVELOPMENT"))
+if DEVELOPMENT:
+    reload = True
+    reload_extra_files = [str(file) for file in [*Path("views").iterdir(), *Path("static").iterdir()]]
+
+
+def post_worker_init(worker):
+    """Open the pools in the process that uses them, since a connection does not survive a fork."""
+    import catvote
+
+    catvote.vote_pool.open()
+    catvote.page_pool.open()
+    if DEVELOPMENT:
+        bottle.debug()
+        del catvote.routes.default_error_handler
+
+
+def worker_exit(server, worker):
+    """Close the pools, if the application got so far as to have them."""
+    if catvote := sys.modules.get("catvote"):
+        catvote.vote_pool.close()
+        catvote.page_pool.close()

@@ -1,0 +1,123 @@
+"""Fixtures: a server for all tests, a database of its own for each, the service, a browser."""
+
+import itertools
+import os
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+
+import psycopg
+import pytest
+from playwright.sync_api import sync_playwright
+from postgres import ROOT, LocalPostgres, apply_schema, programs_of
+from service import Service
+
+# As `import catvote` works wherever pytest starts.
+sys.path.insert(0, str(ROOT))
+# Tests reach databases by URL alone.
+for name in [name for name in os.environ if name.startswith("PG")]:
+    del os.environ[name]
+# A SIGTERM lets fixtures clean up, too.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+numbers = itertools.count()
+
+
+def missing(reason):
+    """Skip the test for what this machine lacks; in continuous integration that is a failure."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A PostgreSQL server: a LocalPostgres."""
+    with LocalPostgres() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def template(server):
+    """Name of a database with the schema, to be copied."""
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE catvote_template")
+    apply_schema(server.url("catvote_template"))
+    return "catvote_template"
+
+
+@contextmanager
+def new_database(server, template):
+    """Yield the URL of a new copy of a template database, dropped at the end."""
+    name = f"catvote_{next(numbers)}"
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        yield server.url(name)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def database(server, template):
+    """URL of a database with the schema and no votes, for one test."""
+    with new_database(server, template) as url:
+        yield url
+
+
+@pytest.fixture
+def empty_database(server):
+    """URL of a database without anything, for one test."""
+    with new_database(server, "template0") as url:
+        yield url
+
+
+@pytest.fixture
+def connection(database):
+    """An autocommit connection to `database`."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def service(database):
+    """The service on `database`, for one test: a Service."""
+    with Service(database) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def shared_database(server, template):
+    """URL of a database for all tests of a module that do not mind each other's votes."""
+    with new_database(server, template) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def shared_service(shared_database):
+    """The service on `shared_database`, for all tests of a module: a Service."""
+    with Service(shared_database) as service:
+        yield service
+
+
+@pytest.fixture(scope="session", params=[14, 18])
+def bindir(request):
+    """Server programs of the oldest and of the newest PostgreSQL supported: tests run with both."""
+    try:
+        return programs_of(request.param)
+    except RuntimeError as error:
+        missing(str(error))
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium: a Playwright Browser."""
+    executable = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome"])), None)
+    if not executable:
+        missing("no Chromium: apt-get install chromium")
+    # The rest keeps it from calling home.
+    arguments = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    arguments += ["--disable-component-update", "--disable-sync"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=arguments, chromium_sandbox=os.geteuid() != 0
+        )
+        yield browser
+        browser.close()
