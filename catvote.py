@@ -6,7 +6,7 @@ gunicorn calls `app` for each request; Bottle finds the handler; that asks the d
 import json
 import logging
 import os
-from collections import namedtuple
+from collections import Counter, namedtuple
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
@@ -99,7 +99,7 @@ def execute(pool, patience, statement, parameters=()):
         raise
     except psycopg.Error as error:
         log.warning("database: %s", str(error).strip() or type(error).__name__)
-        away = HTTPError(503, "The database is away.", Retry_After="5")
+        away = HTTPError(503, "The database does not answer in time.", Retry_After="5")
         # An ERROR undoes the statement. A connection lost, even with a last word, may have committed.
         away.unconfirmed = sent and error.diag.severity_nonlocalized != "ERROR"
         raise away from error
@@ -112,8 +112,8 @@ Reading = namedtuple("Reading", "rows begun outdated", defaults=[False])
 class Reader:
     """Keeps the rows of a statement for `fresh` seconds, so that many visitors cost one reading."""
 
-    def __init__(self, statement, parameters=(), *, patience, fresh):
-        self.query, self.fresh = (page_pool, patience, statement, parameters), fresh
+    def __init__(self, statement, patience, fresh):
+        self.query, self.fresh = (page_pool, patience, statement), fresh
         self.last, self.lock = Reading([], -inf), Lock()
 
     def read(self):
@@ -142,21 +142,20 @@ class Reader:
 
 
 HISTORY = """
-    SELECT start AT TIME ZONE 'UTC', jsonb_object_agg(cat.vote, coalesce(counted.votes, 0))
-    FROM generate_series(date_trunc(%(unit)s, now(), 'UTC') - %(length)s::interval, now(), %(step)s) AS start
-    CROSS JOIN public.vote_totals AS cat
+    SELECT hour AT TIME ZONE 'UTC', jsonb_object_agg(vote, coalesce(counted.votes, 0))
+    FROM generate_series(date_trunc('day', now(), 'UTC') - interval '29 days', now(), '1 hour') AS hour
+    CROSS JOIN public.vote_totals
     LEFT JOIN (
-        SELECT date_trunc(%(unit)s, date_created, 'UTC') AS start, vote, count(*) AS votes
+        SELECT date_bin('1 hour', date_created, 'epoch') AS hour, vote, count(*) AS votes
         FROM public.votes
-        WHERE date_created >= now() - %(length)s::interval - %(step)s::interval
+        WHERE date_created >= now() - interval '30 days'
         GROUP BY 1, 2
-    ) AS counted USING (start, vote)
-    GROUP BY start
-    ORDER BY start
+    ) AS counted USING (hour, vote)
+    GROUP BY hour
+    ORDER BY hour
 """
-tally = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
-hours = Reader(HISTORY, {"unit": "hour", "step": "1 hour", "length": "47 hours"}, patience=3, fresh=60)
-days = Reader(HISTORY, {"unit": "day", "step": "24 hours", "length": "696 hours"}, patience=3, fresh=60)
+tally_reader = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
+history_reader = Reader(HISTORY, patience=3, fresh=60)
 
 # Request handlers
 
@@ -167,7 +166,7 @@ routes = bottle.Bottle()
 def index():
     """The page; `?voted=CAT` adds thanks and a tally that includes that vote, whichever worker answers."""
     voted = request.query.voted
-    reading = tally.read() if voted else tally.latest()
+    reading = tally_reader.read() if voted else tally_reader.latest()
     origin = request.environ["wsgi.url_scheme"] + "://" + request.environ.get("HTTP_HOST", "")
     return conditional(view("index", votes=dict(reading.rows), outdated=reading.outdated, voted=voted, origin=origin))
 
@@ -175,7 +174,7 @@ def index():
 @routes.get("/tally.json")
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
-    reading = tally.latest()
+    reading = tally_reader.latest()
     if reading.outdated:
         response.set_header("Age", int(monotonic() - reading.begun))
     return conditional(json.dumps(dict(reading.rows)), "application/json")
@@ -184,8 +183,11 @@ def tally_json():
 @routes.get("/history")
 def history():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    hour, day = hours.latest(), days.latest()
-    return conditional(view("history", hours=hour.rows, days=day.rows, outdated=hour.outdated or day.outdated))
+    hours, _, outdated = history_reader.latest()
+    days = {}
+    for hour, votes in hours:
+        days.setdefault(hour.date(), Counter()).update(votes)
+    return conditional(view("history", hours=hours[-48:], days=[*days.items()], outdated=outdated))
 
 
 @routes.post("/add")
@@ -195,11 +197,11 @@ def add():
     vote = read_vote()
     try:
         execute(vote_pool, 2, "INSERT INTO public.votes (vote) VALUES (%s)", [vote])
-    except (psycopg.IntegrityError, psycopg.DataError) as error:
+    except (psycopg.IntegrityError, psycopg.DataError, UnicodeError) as error:
         raise HTTPError(400, "There is no such cat, so no vote was counted.") from error
     except HTTPError as error:
         outcome = "could not be confirmed" if error.unconfirmed else "was not counted"
-        error.body = f"The database is away: your vote {outcome}."
+        error.body = f"The database does not answer: your vote {outcome}."
         raise
     return HTTPResponse(status=303, headers={"Location": f"/?voted={quote(vote)}", "Cache-Control": "no-store"})
 
@@ -269,7 +271,7 @@ def conditional(text, content_type="text/html; charset=utf-8"):
 
 
 def error_page(error):
-    """Return the page for an error, whoever raised it; nothing of it is a visitor's own text."""
+    """Return the page for an error, whoever raised it."""
     response.set_header("Cache-Control", "no-store")
     if error.status_code == 405:
         response.set_header("Allow", response.get_header("Allow").replace("GET", "GET, HEAD"))

@@ -2,19 +2,19 @@
 
 const form = document.querySelector("form");
 const part = (name, cat) => document.querySelector(`[data-${name}=${cat}]`);
-// Half to even, as the server rounds, makes both shares add up to 100 %.
-const percent = new Intl.NumberFormat("en", { style: "percent", roundingMode: "halfEven" });
+// Half to even, as the server rounds: so both shares add up to 100 %.
+const percent = { style: "percent", roundingMode: "halfEven" };
 let delay = 2000;
 let tag = "";
 
 function show(votes) {
-  const total = votes.Gummi + votes.Pita;
+  const total = votes.Gummi + votes.Pita || 1;
   for (const [cat, count] of Object.entries(votes)) {
-    const share = count / (total || 1);
+    const share = count / total;
+    const extreme = (count && share < 0.01 && "<1%") || (share < 1 && share > 0.99 && ">99%");
     part("votes", cat).textContent = count.toLocaleString("en");
     part("noun", cat).textContent = count === 1 ? "vote" : "votes";
-    part("percent", cat).textContent =
-      0 < share && share < 0.01 ? "<1%" : 0.99 < share && share < 1 ? ">99%" : percent.format(share);
+    part("share", cat).textContent = extreme || share.toLocaleString("en", percent);
     part("lead", cat).hidden = share <= 0.5;
     part("bar", cat).setAttribute("width", `${100 * share}%`);
   }
@@ -24,8 +24,7 @@ async function follow() {
   if (!document.hidden) {
     let fresh = false;
     try {
-      const signal = AbortSignal.timeout(9000);
-      const answer = await fetch("/tally.json", { headers: { "If-None-Match": tag }, signal });
+      const answer = await fetch("/tally.json", { headers: { "If-None-Match": tag } });
       if (answer.status === 200) {
         show(await answer.json());
         tag = answer.headers.get("ETag");
@@ -38,19 +37,16 @@ async function follow() {
   setTimeout(follow, delay);
 }
 
-function ready() {
-  form.ariaBusy = null;
-}
+const ready = () => form.removeAttribute("aria-busy");
 
 setTimeout(follow, delay);
 // A reload is no vote, so it should not be thanked for one.
-if (location.search) history.replaceState(null, "", location.pathname);
-
-form.addEventListener("submit", (event) => {
-  if (form.ariaBusy) event.preventDefault();
+if (location.search) history.replaceState(null, "", "/");
+// The back button may bring the page back as it was left.
+window.onpageshow = ready;
+form.onsubmit = () => {
   form.ariaBusy = true;
-  setTimeout(ready, 9000); // for a visitor who has stopped the request
-});
-addEventListener("pageshow", ready); // by the back button, as it was left
+  setTimeout(ready, 9000); // for a visitor who has stopped it
+};
 // The second click of a double click may land on the next page.
-form.addEventListener("click", (event) => event.detail > 1 && event.preventDefault());
+form.onclick = (event) => !form.ariaBusy && event.detail < 2;

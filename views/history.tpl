@@ -12,7 +12,7 @@
 %     most = max(1, *(count for _, votes in rows for count in votes.values()))
 <section>
 <h2>{{heading}}</h2>
-<p class="ends"><span>↑ Fruit Gummi</span> <span>↕ {{"{:,}".format(most)}}</span></p>
+<p class="ends"><span>↑ Fruit Gummi</span> <span>at most {{"{:,}".format(most)}}</span></p>
 <svg class="chart" viewBox="-.5 -100 {{len(rows)}} 200" preserveAspectRatio="none" role="img" aria-label="Votes per {{unit}}; the table has the numbers">
 %     for cat, direction in (("Gummi", -100), ("Pita", 100)):
 <path data-bar="{{cat}}" d="

@@ -24,7 +24,7 @@ total = sum(votes.values())
 </button>
 <p class="lead" data-lead="{{cat}}" {{"" if share > .5 else "hidden"}}>In the lead</p>
 <p class="count"><strong data-votes="{{cat}}">{{"{:,}".format(count)}}</strong> <span data-noun="{{cat}}">{{"vote" if count == 1 else "votes"}}</span></p>
-<p class="share" data-percent="{{cat}}">{{"<1%" if 0 < share < .01 else ">99%" if .99 < share < 1 else "{:.0%}".format(share)}}</p>
+<p class="share" data-share="{{cat}}">{{"<1%" if 0 < share < .01 else ">99%" if .99 < share < 1 else "{:.0%}".format(share)}}</p>
 </div>
 % end
 </form>
