@@ -7,29 +7,29 @@ import json
 import logging
 import os
 from collections import Counter, namedtuple
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import sha256
 from io import BytesIO
-from math import inf
 from pathlib import Path
 from select import POLLIN, poll
 from threading import Lock
 from time import monotonic
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-import bottle
 import psycopg
-from bottle import HTTPError, HTTPResponse, request, response
+from bottle import Bottle, HTTPError, HTTPResponse, request, response, static_file, template
 from psycopg_pool import ConnectionPool
 
 # Configuration
 
-log = logging.getLogger("catvote")
 DATABASE_URL = os.environ.get("DATABASE_URL", "")
 FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
 FOLDER = Path(__file__).parent
 VERSION = sha256(b"".join(file.read_bytes() for file in sorted(FOLDER.glob("static/*")))).hexdigest()[:8]
+
+view = partial(template, template_lookup=[str(FOLDER / "views")], static_url=f"/static/{{}}?v={VERSION}".format)
+routes = Bottle()
 
 # Database
 
@@ -37,9 +37,8 @@ VERSION = sha256(b"".join(file.read_bytes() for file in sorted(FOLDER.glob("stat
 class Connection(psycopg.Connection):
     """A connection on which no statement waits for ever, not even for a server that has frozen.
 
-    After `patience` seconds it asks the server to cancel. A server that says it did has undone the statement;
-    one that stays silent loses the connection. Success that late proves nothing: a commit looks the same
-    that was told to wait no longer for its standby.
+    After `patience` seconds it asks the server to cancel. One that says it did has undone the statement; one that is
+    silent loses the connection. Success proves nothing then: so ends a commit that waits for its standby no longer.
     """
 
     patience = 2
@@ -60,8 +59,7 @@ class Connection(psycopg.Connection):
 
 def configure(connection):
     """Do without prepared statements behind a pooler, where each may reach another server process."""
-    (server_process,) = connection.execute("SELECT pg_backend_pid()").fetchone()
-    if server_process != connection.info.backend_pid:
+    if connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,):
         connection.prepare_threshold = None
 
 
@@ -85,8 +83,7 @@ vote_pool, page_pool = (ConnectionPool(DATABASE_URL, max_size=size, **POOL) for 
 def execute(pool, patience, statement, parameters=()):
     """Run one statement, a transaction of its own, and return its rows, within 2.5 x `patience` seconds.
 
-    Raises psycopg.IntegrityError or DataError if the parameters are to blame, else HTTPError 503, whose
-    `unconfirmed` tells that the statement may have been done all the same.
+    Raises psycopg.IntegrityError or DataError for bad parameters, else HTTPError 503, `unconfirmed` if it may be done.
     """
     sent = False
     try:
@@ -98,47 +95,39 @@ def execute(pool, patience, statement, parameters=()):
     except (psycopg.IntegrityError, psycopg.DataError):
         raise
     except psycopg.Error as error:
-        log.warning("database: %s", str(error).strip() or type(error).__name__)
-        away = HTTPError(503, "The database does not answer in time.", Retry_After="5")
+        logging.getLogger("catvote").warning("database: %s", str(error).strip() or type(error).__name__)
+        away = HTTPError(503, Retry_After="5")
         # An ERROR undoes the statement. A connection lost, even with a last word, may have committed.
         away.unconfirmed = sent and error.diag.severity_nonlocalized != "ERROR"
         raise away from error
 
 
-# Rows of a statement, when it was begun (monotonic seconds), whether a later one has failed.
-Reading = namedtuple("Reading", "rows begun outdated", defaults=[False])
+Reading = namedtuple("Reading", "begun rows outdated", defaults=[False])  # begun: monotonic seconds
 
 
 class Reader:
-    """Keeps the rows of a statement for `fresh` seconds, so that many visitors cost one reading."""
+    """Keeps a statement's rows for `fresh` seconds, so that many visitors cost one reading; outdated if one failed."""
 
     def __init__(self, statement, patience, fresh):
         self.query, self.fresh = (page_pool, patience, statement), fresh
-        self.last, self.lock = Reading([], -inf), Lock()
+        self.last, self.lock = Reading(-fresh, ()), Lock()
 
-    def read(self):
-        """Return a Reading of now, else the last one marked as outdated, else raise HTTPError 503."""
-        begun = monotonic()
-        try:
-            reading = Reading(execute(*self.query), begun)
-        except HTTPError:
-            if self.last.begun == -inf:
-                raise
-            reading = self.last._replace(outdated=True)
-        if reading.begun >= self.last.begun:  # of two at once, the one begun later has seen more
-            self.last = reading
-        return reading
-
-    def latest(self):
-        """Return the last Reading while it is fresh, else as `read`."""
+    def latest(self, now=False):
+        """Return a Reading `fresh` enough or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
+        since = monotonic() - (0 if now else self.fresh)
         last = self.last
         # One visitor reads for all; the others wait for it, unless the database is known to be away.
-        if monotonic() - last.begun >= self.fresh and self.lock.acquire(blocking=not last.outdated):
+        if last.begun < since and self.lock.acquire(blocking=now or not last.outdated):
             try:
-                return self.read() if self.last is last else self.last
+                if self.last is last or not (self.last.outdated or self.last.begun >= since):
+                    self.last = Reading(monotonic(), tuple(execute(*self.query)))
+            except HTTPError:
+                self.last = self.last._replace(outdated=True)
             finally:
                 self.lock.release()
-        return last
+        if not self.last.rows:
+            raise HTTPError(503, Retry_After="5")
+        return self.last
 
 
 HISTORY = """
@@ -159,35 +148,38 @@ history_reader = Reader(HISTORY, patience=3, fresh=60)
 
 # Request handlers
 
-routes = bottle.Bottle()
-
 
 @routes.get("/")
 def index():
     """The page; `?voted=CAT` adds thanks and a tally that includes that vote, whichever worker answers."""
     voted = request.query.voted
-    reading = tally_reader.read() if voted else tally_reader.latest()
-    origin = request.environ["wsgi.url_scheme"] + "://" + request.environ.get("HTTP_HOST", "")
-    return conditional(view("index", votes=dict(reading.rows), outdated=reading.outdated, voted=voted, origin=origin))
+    return conditional(page(tally_reader.latest(now=bool(voted)), voted, request.environ["catvote.origin"]))
+
+
+@lru_cache(maxsize=64)
+def page(reading, voted, origin):
+    """Return the answer with the page, made once for all who see the same."""
+    return answer(view("index", votes=dict(reading.rows), outdated=reading.outdated, voted=voted, origin=origin))
 
 
 @routes.get("/tally.json")
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
     reading = tally_reader.latest()
+    tally = answer(json.dumps(dict(reading.rows)), "application/json")
     if reading.outdated:
-        response.set_header("Age", int(monotonic() - reading.begun))
-    return conditional(json.dumps(dict(reading.rows)), "application/json")
+        tally.set_header("Age", int(monotonic() - reading.begun))
+    return conditional(tally)
 
 
 @routes.get("/history")
 def history():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    hours, _, outdated = history_reader.latest()
+    _, hours, outdated = history_reader.latest()
     days = {}
     for hour, votes in hours:
         days.setdefault(hour.date(), Counter()).update(votes)
-    return conditional(view("history", hours=hours[-48:], days=[*days.items()], outdated=outdated))
+    return conditional(answer(view("history", hours=hours[-48:], days=[*days.items()], outdated=outdated)))
 
 
 @routes.post("/add")
@@ -209,10 +201,7 @@ def add():
 def refuse_cross_site():
     """Raise 403 for a page of another site, by the rule of https://pkg.go.dev/net/http#CrossOriginProtection."""
     site, origin, host = (request.environ.get("HTTP_" + name, "") for name in ("SEC_FETCH_SITE", "ORIGIN", "HOST"))
-    try:
-        same_host = urlsplit(origin).netloc.lower() == host.lower() != ""
-    except ValueError:
-        same_host = False
+    same_host = origin.lower().partition("://")[2] == host.lower() != ""
     if site not in ("same-origin", "none") and (site or (origin and not same_host)):
         raise HTTPError(403, "Votes from pages of other sites are not counted.")
 
@@ -251,23 +240,24 @@ def healthz():
 @routes.get("/static/<path:path>")
 def static(path):
     """A file; for a year if its address names the present version, else to be asked for again."""
-    file = bottle.static_file(path, root=FOLDER / "static", etag=False)
+    file = static_file(path, root=FOLDER / "static", etag=False)
     if file.status_code < 400:
         del file.headers["Date"]  # gunicorn sends one
         file.set_header("Cache-Control", "max-age=31536000, immutable" if request.query.v == VERSION else "no-cache")
     return file
 
 
-view = partial(bottle.template, template_lookup=[str(FOLDER / "views")], static_url=f"/static/{{}}?v={VERSION}".format)
+def answer(text, content_type="text/html; charset=utf-8"):
+    """Return an answer with an entity tag, which a visitor shows next time."""
+    body = text.encode()
+    headers = {"Content-Type": content_type, "Content-Length": len(body), "Cache-Control": "no-cache"}
+    return HTTPResponse(body, headers=headers, ETag=f'"{sha256(body).hexdigest()[:16]}"')
 
 
-def conditional(text, content_type="text/html; charset=utf-8"):
-    """Return the text, or 304 if the visitor has it already (RFC 9110, section 13.1.2)."""
-    tag = f'"{sha256(text.encode()).hexdigest()[:16]}"'
-    response.headers.update({"Content-Type": content_type, "Cache-Control": "no-cache", "ETag": tag})
-    if tag in request.environ.get("HTTP_IF_NONE_MATCH", ""):
-        response.status = 304
-    return text
+def conditional(answer):
+    """Return the answer, or 304 if the visitor has it already (RFC 9110, section 13.1.2)."""
+    known = answer.headers["ETag"] in request.environ.get("HTTP_IF_NONE_MATCH", "")
+    return HTTPResponse(status=304, headers=answer.headerlist) if known else answer
 
 
 def error_page(error):
@@ -275,12 +265,10 @@ def error_page(error):
     response.set_header("Cache-Control", "no-store")
     if error.status_code == 405:
         response.set_header("Allow", response.get_header("Allow").replace("GET", "GET, HEAD"))
-    return view("error", status=error.status_code, message=error.body)
+    return view("error", status=error.status_code, message=error.body or "The database does not answer.")
 
 
 routes.default_error_handler = error_page
-
-# For gunicorn catvote:app
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
@@ -292,16 +280,20 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",  # with no-referrer Chromium sends our own form as of origin null
 }
-HTTPS_HEADERS = {**HEADERS, "Strict-Transport-Security": "max-age=31536000"}
+HTTPS_HEADERS = HEADERS | {"Strict-Transport-Security": "max-age=31536000"}
 
 
 def app(environ, start_response):
     """The WSGI application (PEP 3333): Bottle's answer, whatever it is, with HEADERS added."""
+    origin = environ["catvote.origin"] = environ["wsgi.url_scheme"] + "://" + environ.get("HTTP_HOST", "")
+    extra = list((HTTPS_HEADERS if origin.startswith("https") else HEADERS).items())
+    # Most requests are for the plain page, which needs no routing while its tally is fresh.
+    plain = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"] == "/" and not environ.get("QUERY_STRING")
+    reading = tally_reader.last
+    if plain and "HTTP_IF_NONE_MATCH" not in environ and monotonic() - reading.begun < tally_reader.fresh:
+        kept = page(reading, "", origin)
+        start_response("200 OK", kept.headerlist + extra)
+        return [kept.body]
     # Bottle drops bytes that are not UTF-8, which would make / of /%FF; no path of ours has any.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()
-    extra = HTTPS_HEADERS if environ["wsgi.url_scheme"] == "https" else HEADERS
-
-    def start(status, headers, exc_info=None):
-        return start_response(status, [*headers, *extra.items()], exc_info)
-
-    return routes(environ, start)
+    return routes(environ, lambda status, headers, *error: start_response(status, headers + extra, *error))

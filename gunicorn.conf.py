@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import bottle
+from gunicorn.workers.gthread import ThreadWorker
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
@@ -20,9 +21,24 @@ except ProgrammingError:  # whose text quotes the URL, password and all
 
 workers = os.environ.get("WEB_CONCURRENCY", "2")
 
+
+class Worker(ThreadWorker):
+    """A gthread worker that waits for a visitor to hang up, 2 s at most, in that visitor's own thread.
+
+    gunicorn 27.0.1 does so in the one thread that accepts connections: a few visitors could hold up all.
+    """
+
+    def handle(self, conn):
+        keep = super().handle(conn)
+        if keep is False:
+            conn.close(graceful=True)
+            conn.close = lambda graceful=False: None
+        return keep
+
+
 # Threads cost little and a slow visitor holds one; database connections, which cost, are
 # fewer: see the pools in catvote.py.
-worker_class = "gthread"
+worker_class = Worker
 threads = 64
 
 # Longer than a router in front keeps its connections (Heroku's: 90 s), so that it never

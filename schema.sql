@@ -25,7 +25,7 @@ COMMENT ON COLUMN public.votes.row_id IS 'Grows with time, with gaps where a vot
 COMMENT ON COLUMN public.votes.date_created IS 'When the vote was cast; set by itself.';
 COMMENT ON COLUMN public.votes.vote IS 'The cat; constraint votes_vote_is_a_cat knows them all.';
 
--- To replace a view waits for those who read it, some for long: not once votes are locked.
+-- Replacing a view waits for its readers, who may be slow: done before votes are locked.
 CREATE OR REPLACE VIEW public.votes_by_day AS
 SELECT date_created::date AS day, vote, count(*) AS votes
 FROM public.votes
