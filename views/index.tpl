@@ -5,9 +5,10 @@ cats = {
     "Pita": ("Pita", "A ginger cat in a donut with chocolate icing, whipped cream on top."),
 }
 total = sum(votes.values())
+shares = {cat: 100 * count / (total or 1) for cat, count in votes.items()}
 %>
 <h1>Vote: it's your civic duty</h1>
-% if voted:
+% if voted in cats:
 <p class="intro" role="status" tabindex="-1" autofocus>Thank you! Your vote for <strong>{{cats[voted][0]}}</strong> counts.</p>
 % else:
 <p class="intro">Two cats dressed as donuts: which one do you like better?</p>
@@ -15,16 +16,15 @@ total = sum(votes.values())
 
 <form method="post" action="/add">
 % for cat, count in votes.items():
-%   name, description = cats[cat]
-%   share = count / (total or 1)
+%   (name, description), share = cats[cat], shares[cat]
 <div class="cat">
 <button type="submit" name="vote" value="{{cat}}">
 <img src="{{static_url(cat.lower() + ".svg")}}" alt="{{description}}" width="400" height="400">
 <span>Vote for <strong>{{name}}</strong></span>
 </button>
-<p class="lead" data-lead="{{cat}}" {{"" if share > .5 else "hidden"}}>In the lead</p>
+<p class="lead" data-lead="{{cat}}" {{"" if share > 50 else "hidden"}}>In the lead</p>
 <p class="count"><strong data-votes="{{cat}}">{{"{:,}".format(count)}}</strong> <span data-noun="{{cat}}">{{"vote" if count == 1 else "votes"}}</span></p>
-<p class="share" data-share="{{cat}}">{{"<1%" if 0 < share < .01 else ">99%" if .99 < share < 1 else "{:.0%}".format(share)}}</p>
+<p class="share" data-share="{{cat}}">{{"<1" if 0 < share < 1 else ">99" if 99 < share < 100 else "{:.0f}".format(share)}}%</p>
 </div>
 % end
 </form>
@@ -34,8 +34,8 @@ total = sum(votes.values())
 % if not total:
 <text x="50%" y="50%">No votes yet</text>
 % end
-% for cat, count in votes.items():
-<rect data-bar="{{cat}}" width="{{100 * count / (total or 1)}}%" height="100%"/>
+% for cat, share in shares.items():
+<rect data-bar="{{cat}}" width="{{share}}%" height="100%"/>
 % end
 <line x1="50%" x2="50%" y2="100%"/>
 </svg>
