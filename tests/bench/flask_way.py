@@ -1,0 +1,31 @@
+"""The Flask way: what the usual tutorials lead to. Each page counts all votes, each vote is an object of an ORM."""
+
+import os
+
+from flask import Flask, redirect, render_template, request
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import func
+
+app = Flask(__name__, template_folder=os.environ["PAGES"])
+app.config["SQLALCHEMY_DATABASE_URI"] = os.environ["DATABASE_URL"].replace("postgresql:", "postgresql+psycopg2:")
+db = SQLAlchemy(app)
+
+
+class Vote(db.Model):
+    id = db.Column(db.Integer, primary_key=True)
+    date_created = db.Column(db.DateTime, server_default=func.now())
+    vote = db.Column(db.String(10), nullable=False)
+
+
+@app.get("/")
+def index():
+    votes = db.session.query(Vote.vote, func.count()).group_by(Vote.vote).all()
+    return render_template("index.html", votes=dict(map(tuple, votes)))
+
+
+@app.post("/add")
+def add():
+    vote = request.form["vote"]
+    db.session.add(Vote(vote=vote))
+    db.session.commit()
+    return redirect(f"/?voted={vote}")

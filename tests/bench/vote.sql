@@ -1,0 +1,2 @@
+-- What pgbench runs: catvote's own statement.
+INSERT INTO public.votes (vote) VALUES (:vote);

@@ -1,0 +1,128 @@
+"""Visitors by the dozen, who vote and look at pages over connections that they keep, and the log of what they got."""
+
+import re
+import time
+from http.client import HTTPConnection, HTTPException
+from itertools import cycle
+from random import Random
+from threading import Event, Thread
+from typing import NamedTuple
+from urllib.parse import urlencode
+
+CATS = ["Gummi", "Pita"]
+
+
+class Answer(NamedTuple):
+    """A request and its answer; moments are those of time.monotonic().
+
+    cat -- whom it votes for; empty if it only looks at a page
+    kept -- an earlier request had used its connection
+    acknowledged_before -- how many votes of the load were acknowledged when it was sent
+    status -- 0 if no answer came, -1 if there was no connection either
+    """
+
+    path: str
+    cat: str
+    kept: bool
+    acknowledged_before: int
+    sent_at: float
+    ended_at: float
+    status: int
+    headers: dict
+    text: str
+
+    @property
+    def seconds(self):
+        return self.ended_at - self.sent_at
+
+    @property
+    def not_counted(self):
+        return self.status == 503 and "vote was not counted" in self.text
+
+    @property
+    def unconfirmed(self):
+        return self.status == 503 and "vote could not be confirmed" in self.text
+
+    @property
+    def outdated(self):
+        return bool(re.search('<p id="outdated" *>[^<]*these are the last known votes', self.text))
+
+    @property
+    def total(self):
+        """The sum of the counts on the page."""
+        counts = re.findall(r'data-votes="\w+"[^>]*>([\d,]+)<', self.text)
+        return sum(int(number.replace(",", "")) for number in counts)
+
+
+class Load:
+    """Visitors who go on until the context manager ends.
+
+    services -- those to visit, by turns
+    voters -- how many vote, again and again, and go where a 303 sends them
+    watchers -- how many look at each of WATCHED, again and again
+    pause -- seconds from an answer to the next request
+
+    `answers` is the log.
+    """
+
+    WATCHED = ["/", "/static/icon.svg", "/healthz"]
+
+    def __init__(self, *services, voters=24, watchers=2, pause=0.05):
+        self.answers, self.acknowledged, self.pause = [], [], pause
+        self.ended = Event()
+        service = cycle(services)
+        self.threads = [Thread(target=self.vote, args=[next(service), Random(number)]) for number in range(voters)]
+        self.threads += [Thread(target=self.watch, args=[next(service), path]) for path in self.WATCHED * watchers]
+
+    def __enter__(self):
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        for thread in self.threads:
+            thread.join()
+
+    def vote(self, service, random):
+        visitor = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        while not self.ended.wait(random.uniform(0.5, 1.5) * self.pause):
+            answer = self.ask(visitor, "/add", random.choice(CATS))
+            if answer.status == 303:
+                self.ask(visitor, answer.headers["Location"])
+
+    def watch(self, service, path):
+        visitor = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        while not self.ended.wait(self.pause):
+            self.ask(visitor, path)
+
+    def ask(self, visitor, path, cat=""):
+        """Send a request, as a vote if for a cat, log it, and return the answer."""
+        kept, acknowledged_before = visitor.sock is not None, len(self.acknowledged)
+        sent_at, status, headers, text = time.monotonic(), -1, {}, ""
+        try:
+            if not kept:
+                visitor.connect()
+            status = 0
+            form = {"Content-Type": "application/x-www-form-urlencoded"}
+            visitor.request(*(("POST", path, urlencode({"vote": cat}), form) if cat else ("GET", path)))
+            response = visitor.getresponse()
+            text = response.read().decode()
+            status, headers = response.status, response.headers
+        except (OSError, HTTPException):
+            visitor.close()
+        answer = Answer(path, cat, kept, acknowledged_before, sent_at, time.monotonic(), status, headers, text)
+        if cat and status == 303:
+            self.acknowledged.append(answer)
+        self.answers.append(answer)
+        return answer
+
+    @property
+    def votes(self):
+        return [answer for answer in self.answers if answer.cat]
+
+    def pages(self, path, start, end):
+        """Return the answers for a page asked for and given in that time."""
+        return [
+            answer for answer in self.answers if answer.path == path and start < answer.sent_at < answer.ended_at < end
+        ]

@@ -1,0 +1,538 @@
+"""What the service answers: pages, votes, caching, freshness. Over sockets, except where WSGI itself is the subject."""
+
+import importlib
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from itertools import product
+from pathlib import Path
+from threading import Lock
+from wsgiref.util import setup_testing_defaults
+from wsgiref.validate import validator
+
+import psycopg
+import pytest
+from client import FORM, HOST, ask, chunked, get, talk, vote, write
+from postgres import ROOT
+from service import Service, free_port
+
+
+@pytest.fixture(scope="module")
+def collect(shared_database):
+    """A function that returns the votes stored since its last call, and removes them."""
+    with psycopg.connect(shared_database, autocommit=True) as connection:
+        yield lambda: [vote for (vote,) in connection.execute("DELETE FROM votes RETURNING vote")]
+
+
+@pytest.fixture
+def stored(collect):
+    """A function that returns the votes stored since the test began."""
+    collect()
+    return collect
+
+
+# The page
+
+
+def test_the_page_is_html_that_is_always_asked_for_again(shared_service):
+    answer = get(shared_service, "/")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert answer.headers["Cache-Control"] == "no-cache"
+
+
+def test_the_page_has_one_form_with_a_button_for_each_cat(shared_service):
+    text = get(shared_service, "/").text
+    assert re.findall("<form.*?>", text) == ['<form method="post" action="/add">']
+    assert re.findall('<button type="submit" name="vote" value="(.*?)">', text) == ["Gummi", "Pita"]
+
+
+def test_the_page_shows_the_votes_for_each_cat(service, connection):
+    connection.execute("INSERT INTO votes (vote) SELECT 'Gummi' FROM generate_series(1, 1234)")
+    assert get(service, "/").votes == {"Gummi": 1234, "Pita": 0}
+
+
+def test_a_voter_is_thanked(shared_service):
+    assert re.search('role="status".*Pita', get(shared_service, "/?voted=Pita").text)
+
+
+@pytest.mark.parametrize("target", ["/", "/?voted=", "/?voted=Garfield", "/?voted=%FF", "/?voted=%00", "/?other=Pita"])
+def test_nobody_else_is_thanked(shared_service, target):
+    answer = get(shared_service, target)
+    assert answer.status == 200
+    assert 'role="status"' not in answer.text
+
+
+def test_no_cookie_is_set_or_needed(shared_service):
+    with_cookie = get(shared_service, "/", "Cookie: a=b; \xff==")
+    without = get(shared_service, "/")
+    assert with_cookie.body == without.body
+    assert without.headers["Set-Cookie"] is vote(shared_service).headers["Set-Cookie"] is None
+
+
+# Other addresses
+
+
+def test_tally_json_is_the_tally(service, connection):
+    connection.execute("INSERT INTO votes (vote) VALUES ('Pita'), ('Pita')")
+    answer = get(service, "/tally.json")
+    assert answer.status == 200
+    assert answer.text == '{"Gummi": 0, "Pita": 2}'
+    assert answer.headers["Content-Type"] == "application/json"
+
+
+def test_history_is_a_page(shared_service):
+    answer = get(shared_service, "/history")
+    assert answer.status == 200
+    assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+
+
+def test_healthz_is_ok_while_the_database_answers(shared_service):
+    answer = get(shared_service, "/healthz")
+    assert (answer.status, answer.text) == (200, "ok\n")
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+@pytest.fixture(scope="module")
+def service_without_database():
+    """The service, whose database cannot be reached."""
+    with Service(f"postgresql://127.0.0.1:{free_port()}/catvote") as service:
+        yield service
+
+
+@pytest.mark.parametrize("target", ["/healthz", "/", "/?voted=Pita", "/tally.json", "/history"])
+def test_without_a_database_the_answer_is_503(service_without_database, target):
+    start = time.monotonic()
+    answer = get(service_without_database, target)
+    assert time.monotonic() - start < 8
+    assert answer.status == 503
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_without_a_database_a_voter_is_told_that_the_vote_was_not_counted(service_without_database):
+    answer = vote(service_without_database)
+    assert answer.status == 503
+    assert "your vote was not counted" in answer.text
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/nope",
+        "/index.html",
+        "/add/",
+        "//add",
+        "/ADD",
+        "/static",
+        "/static/",
+        "/%3F",
+        "/%FF",
+        "/tally.json%FF",
+        "/%E2%98%83",
+    ],
+)
+def test_an_unknown_address_is_404(shared_service, target):
+    answer = get(shared_service, target)
+    assert answer.status == 404
+    assert answer.headers["Cache-Control"] == "no-store"
+
+
+READABLE = ["/", "/tally.json", "/history", "/healthz", "/static/pita.svg"]
+OTHER_METHODS = ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "MEOW"]
+
+
+@pytest.mark.parametrize(
+    ("method", "target", "allowed"),
+    [
+        *[(method, target, {"GET", "HEAD"}) for method, target in product(["POST", *OTHER_METHODS], READABLE)],
+        *[(method, "/add", {"POST"}) for method in ["GET", "HEAD", *OTHER_METHODS]],
+    ],
+)
+def test_a_wrong_method_is_405_with_the_right_ones(shared_service, stored, method, target, allowed):
+    answer = ask(shared_service, method, target)
+    assert answer.status == 405
+    assert answer.headers["Allow"].split(", ") == sorted(allowed)
+    assert stored() == []
+
+
+def test_head_is_get_without_the_body(service):
+    for target in READABLE:
+        heads = {}
+        for method in ("GET", "HEAD"):
+            answer = ask(service, method, target)
+            assert answer.status == 200
+            heads[method] = {name: value for name, value in answer.headers.items() if name != "Date"}
+        assert heads["GET"] == heads["HEAD"]
+
+
+# What clients keep
+
+
+def test_who_has_the_latest_gets_304(service):
+    for target in ("/", "/?voted=Pita", "/tally.json", "/history"):
+        tag = get(service, target).headers["ETag"]
+        assert re.fullmatch('"[0-9a-f]+"', tag)
+        for known in (tag, f"W/{tag}", f'"other", {tag}', f'W/"other",W/{tag}'):
+            answer = get(service, target, f"If-None-Match: {known}")
+            assert answer.status == 304
+            assert answer.headers["ETag"] == tag
+            assert answer.headers["Cache-Control"] == "no-cache"
+        assert get(service, target, 'If-None-Match: "other"').status == 200
+
+
+@pytest.mark.parametrize("target", ["/?voted=Pita", "/tally.json"])
+def test_who_has_an_older_tally_gets_the_new_one(service, target):
+    old = get(service, target)
+    vote(service)
+    time.sleep(1)
+    new = get(service, target, "If-None-Match: " + old.headers["ETag"])
+    assert new.status == 200
+    assert new.body != old.body
+
+
+def test_the_page_names_static_files_by_their_present_version(shared_service):
+    links = set(re.findall('(?:src|href)="(/static/.*?)"', get(shared_service, "/").text))
+    assert links
+    for link in links:
+        answer = get(shared_service, link)
+        assert answer.status == 200
+        assert answer.headers["Cache-Control"].startswith("max-age=31536000")
+
+
+@pytest.mark.parametrize("query", ["", "?v=", "?v=0", "?w=1"])
+def test_static_files_by_another_version_are_always_asked_for_again(shared_service, query):
+    assert get(shared_service, "/static/pita.svg" + query).headers["Cache-Control"] == "no-cache"
+
+
+def test_the_version_of_static_files_changes_with_their_content(shared_service, shared_database, tmp_path):
+    copy = shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(".*", "tests"))
+    (copy / "static/pita.svg").write_text("<svg/>")
+    with Service(shared_database, GUNICORN_CMD_ARGS=f"--chdir={copy}") as changed_service:
+        links = [
+            re.search('"(/static/pita.svg.*?)"', get(service, "/").text)[1]
+            for service in (shared_service, changed_service)
+        ]
+    assert links[0] != links[1]
+
+
+def test_who_has_a_static_file_gets_304(shared_service):
+    answer = get(shared_service, "/static/pita.svg")
+    assert answer.headers["Content-Type"] == "image/svg+xml"
+    modified = "If-Modified-Since: " + answer.headers["Last-Modified"]
+    assert get(shared_service, "/static/pita.svg", modified).status == 304
+    assert get(shared_service, "/static/pita.svg", "If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT").status == 200
+
+
+@pytest.mark.parametrize(
+    ("wanted", "status"), [("bytes=0-3", 206), ("bytes=-4", 206), ("bytes=4-", 206), ("bytes=99999999-", 416)]
+)
+def test_a_part_of_a_static_file_can_be_had(shared_service, wanted, status):
+    content = (ROOT / "static/pita.svg").read_bytes()
+    first, last = wanted.removeprefix("bytes=").split("-")
+    answer = get(shared_service, "/static/pita.svg", f"Range: {wanted}")
+    assert answer.status == status
+    if status == 206:
+        assert answer.body == (content[int(first) :][: int(last or -1) + 1 or None] if first else content[-int(last) :])
+
+
+# Votes
+
+MULTIPART = "Content-Type: multipart/form-data; boundary=icing"
+FIELD = 'Content-Disposition: form-data; name="vote"'
+
+
+def part(*headers, body=b"Pita"):
+    """Return one part of a multipart body: the field `vote` unless `headers` say otherwise."""
+    return "\r\n".join(["--icing", *(headers or [FIELD]), "", ""]).encode("latin-1") + body + b"\r\n"
+
+
+def multipart(*headers, body=b"Pita"):
+    """Return a multipart body with this one part."""
+    return part(*headers, body=body) + b"--icing--\r\n"
+
+
+GOOD_VOTES = {
+    "urlencoded": ([FORM], b"vote=Pita"),
+    "urlencoded, with a charset": ([FORM + "; charset=UTF-8"], b"vote=Pita"),
+    "URLENCODED": (["Content-Type: APPLICATION/X-WWW-FORM-URLENCODED"], b"vote=Pita"),
+    "percent-encoded": ([FORM], b"%76%6f%74%65=%50%69%74%61"),
+    "among other fields": ([FORM], "a=ä&&b&vote=Pita&c=%C3%A4".encode()),
+    "multipart": ([MULTIPART], multipart()),
+    "MULTIPART": (["Content-Type: MULTIPART/FORM-DATA; BOUNDARY=icing"], multipart()),
+    "multipart, boundary in quotes": (['Content-Type: multipart/form-data; boundary="icing"'], multipart()),
+    "multipart, among other fields": ([MULTIPART], part('Content-Disposition: form-data; name="a"') + multipart()),
+    "multipart, part with a type": ([MULTIPART], multipart(FIELD, "Content-Type: text/plain; charset=utf-8")),
+    "chunked": ([FORM, "Transfer-Encoding: chunked"], chunked(b"vote=Pita")),
+    "chunked multipart": ([MULTIPART, "Transfer-Encoding: Chunked"], chunked(multipart())),
+}
+
+
+@pytest.mark.parametrize(("headers", "body"), GOOD_VOTES.values(), ids=GOOD_VOTES)
+def test_a_vote_is_stored_once_and_answered_with_303_to_the_page(shared_service, stored, headers, body):
+    answer = ask(shared_service, "POST", "/add", *headers, body=body)
+    assert answer.status == 303
+    assert answer.headers["Location"] == "/?voted=Pita"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert stored() == ["Pita"]
+
+
+@pytest.mark.parametrize("cat", ["Gummi", "Pita"])
+def test_each_cat_can_be_voted_for(shared_service, stored, cat):
+    assert vote(shared_service, body=f"vote={cat}".encode()).headers["Location"] == f"/?voted={cat}"
+    assert stored() == [cat]
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(shared_service):
+    request = write("POST", "/add", FORM, "Expect: 100-continue", body=b"vote=Pita")
+    assert [answer.status for answer in talk(shared_service, request)] == [100, 303]
+
+
+def test_votes_may_share_a_connection(shared_service, stored):
+    requests = write("POST", "/add", FORM, body=b"vote=Pita") + write("POST", "/add", MULTIPART, body=multipart())
+    assert [answer.status for answer in talk(shared_service, requests)] == [303, 303]
+    assert stored() == ["Pita", "Pita"]
+
+
+HOSTILE_HEADERS = {
+    "Host": ["Host: evil.example"],
+    "no Host": ["Host:"],
+    "X-Forwarded-Host": ["X-Forwarded-Host: evil.example"],
+    "X-Forwarded-Proto": ["X-Forwarded-Proto: https"],
+    "Forwarded": ["Forwarded: host=evil.example;proto=https"],
+    "X-Script-Name": ["X-Script-Name: /evil"],
+    "SCRIPT_NAME": ["SCRIPT_NAME: /evil"],
+    "SCRIPT_NAME of the path": ["SCRIPT_NAME: /add"],
+    "PATH_INFO": ["PATH_INFO: /evil"],
+}
+
+
+@pytest.mark.parametrize("headers", HOSTILE_HEADERS.values(), ids=HOSTILE_HEADERS)
+def test_no_header_changes_where_a_voter_is_sent(shared_service, headers):
+    answer = vote(shared_service, *headers)
+    assert answer.status == 303
+    assert answer.headers["Location"] == "/?voted=Pita"
+
+
+BAD_VOTES = {
+    "unknown cat": ([FORM], b"vote=Garfield"),
+    "cat in lower case": ([FORM], b"vote=pita"),
+    "cat and a space": ([FORM], b"vote=Pita+"),
+    "SQL": ([FORM], b"vote=Pita'); DROP TABLE votes; --"),
+    "missing": ([FORM], b"cat=Pita"),
+    "field in capitals": ([FORM], b"VOTE=Pita"),
+    "empty": ([FORM], b"vote="),
+    "no body": ([FORM], b""),
+    "two votes": ([FORM], b"vote=Pita&vote=Gummi"),
+    "the same vote twice": ([FORM], b"vote=Pita&vote=Pita"),
+    "a bad vote and a good one": ([FORM], b"vote=&vote=Pita"),
+    "NUL": ([FORM], b"vote=%00"),
+    "cat and NUL": ([FORM], b"vote=Pita%00"),
+    "not UTF-8": ([FORM], b"vote=%FF"),
+    "not UTF-8, not encoded": ([FORM], b"vote=\xff"),
+    "another field not UTF-8": ([FORM], b"vote=Pita&a=%FF"),
+    "no type": ([], b"vote=Pita"),
+    "text": (["Content-Type: text/plain"], b"vote=Pita"),
+    "JSON": (["Content-Type: application/json"], b'{"vote": "Pita"}'),
+    "type not UTF-8": (["Content-Type: \xff"], b"vote=Pita"),
+    "urlencoded, says multipart": ([MULTIPART], b"vote=Pita"),
+    "multipart, says urlencoded": ([FORM], multipart()),
+    "multipart, other kind": (["Content-Type: multipart/mixed; boundary=icing"], multipart()),
+    "multipart, unknown cat": ([MULTIPART], multipart(body=b"Garfield")),
+    "multipart, two votes": ([MULTIPART], part() + multipart()),
+    "multipart, not UTF-8": ([MULTIPART], multipart(body=b"\xff")),
+    "multipart, NUL": ([MULTIPART], multipart(body=b"Pita\0")),
+    "multipart, no boundary": (["Content-Type: multipart/form-data"], multipart()),
+    "multipart, boundary without =": (["Content-Type: multipart/form-data; boundary"], multipart()),
+    "multipart, empty boundary": (["Content-Type: multipart/form-data; boundary="], multipart()),
+    "multipart, wrong boundary": (["Content-Type: multipart/form-data; boundary=fondant"], multipart()),
+    "multipart, not closed": ([MULTIPART], part()),
+    "multipart, closed half": ([MULTIPART], part() + b"--icing-"),
+    "multipart, no part": ([MULTIPART], b"--icing--\r\n"),
+    "multipart, unknown charset": ([MULTIPART + "; charset=nope"], multipart()),
+    "part of unknown charset": ([MULTIPART], multipart(FIELD, "Content-Type: text/plain; charset=nope")),
+    "part of a charset that is none": ([MULTIPART], multipart(FIELD, "Content-Type: text/plain; charset=hex")),
+    "part with a character that has no UTF-8": (
+        [MULTIPART],
+        multipart(FIELD, "Content-Type: text/plain; charset=utf-7", body=b"+2AA-"),
+    ),
+    "part with Content-Length: zz": ([MULTIPART], multipart(FIELD, "Content-Length: zz")),
+    "part longer than its Content-Length": ([MULTIPART], multipart(FIELD, "Content-Length: 3")),
+    "part header not UTF-8": ([MULTIPART], multipart(FIELD, "X: \xff")),
+    "part header without a colon": ([MULTIPART], multipart(FIELD, "X")),
+    "part without a name": ([MULTIPART], multipart("Content-Disposition: form-data")),
+    "part with an odd name": ([MULTIPART], multipart("Content-Disposition: ;")),
+    "file instead of field": ([MULTIPART], multipart(FIELD + '; filename="pita.svg"')),
+    "chunked, no body": ([FORM, "Transfer-Encoding: chunked"], b"0\r\n\r\n"),
+    "chunked, broken off": ([FORM, "Transfer-Encoding: chunked"], b"9\r\nvote=Pita\r\n"),
+    "chunked, broken off in a chunk": ([FORM, "Transfer-Encoding: chunked"], b"A\r\nvote=Pita"),
+    "chunked, size is no number": ([FORM, "Transfer-Encoding: chunked"], b"z\r\nvote=Pita\r\n0\r\n\r\n"),
+    "shorter than its Content-Length": ([FORM, "Content-Length: 10"], b"vote=Pita"),
+    "Content-Length with a zero": ([FORM, "Content-Length: 09"], b"vote=Pita"),
+    "Content-Length is no number": ([FORM, "Content-Length: nine"], b"vote=Pita"),
+}
+
+
+@pytest.mark.parametrize(("headers", "body"), BAD_VOTES.values(), ids=BAD_VOTES)
+def test_a_bad_vote_is_400_and_not_stored(shared_service, stored, headers, body):
+    assert ask(shared_service, "POST", "/add", *headers, body=body).status == 400
+    assert stored() == []
+
+
+def test_a_vote_in_the_address_is_400_and_not_stored(shared_service, stored):
+    assert ask(shared_service, "POST", "/add?vote=Pita", FORM, body=b"a=b").status == 400
+    assert stored() == []
+
+
+# Fresh enough, and honest
+
+
+def workers(service):
+    """Return the process ids of the service's two workers."""
+    processes = []
+    while len(processes) < 2:
+        output = subprocess.run(["pgrep", "-P", str(service.process.pid)], capture_output=True).stdout
+        processes = [int(process) for process in output.split()]
+    return processes
+
+
+@contextmanager
+def only(worker, workers):
+    """Stop all other workers for a while, so that this one answers."""
+    others = [other for other in workers if other != worker]
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
+
+
+def test_a_voter_sees_the_own_vote_from_whichever_worker(service):
+    processes = workers(service)
+    for number, (voted_at, seen_at) in enumerate(product(processes, processes), start=1):
+        with only(seen_at, processes):
+            get(service, "/")
+        with only(voted_at, processes):
+            location = vote(service).headers["Location"]
+        with only(seen_at, processes):
+            assert get(service, location).votes["Pita"] == number
+
+
+def test_of_many_voters_each_sees_all_votes_acknowledged_before(service):
+    acknowledged, lock = Counter(), Lock()
+
+    def vote_and_look(number):
+        cat = ["Gummi", "Pita"][number % 2]
+        answer = vote(service, "Cookie: a=b", body=f"vote={cat}".encode())
+        with lock:
+            acknowledged[cat] += 1
+            least = acknowledged.copy()
+        shown = get(service, answer.headers["Location"]).votes
+        return all(shown[cat] >= least[cat] for cat in least)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(vote_and_look, range(200)))
+    assert acknowledged == get(service, "/?voted=Pita").votes
+
+
+@pytest.mark.parametrize("target", ["/", "/tally.json"])
+def test_no_tally_is_older_than_a_second(service, connection, target):
+    for _ in range(30):
+        get(service, target)
+    before = get(service, target).body
+    connection.execute("INSERT INTO votes (vote) VALUES ('Pita')")
+    time.sleep(1)
+    assert all(get(service, target).body != before for _ in range(30))
+
+
+def test_more_visitors_do_not_read_the_database_more_often(server, database):
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {database.rpartition('/')[2]} SET log_statement = 'all'")
+    log = Path(server.base_dir, f"{server.name}.log")
+
+    with Service(database) as service:
+        before, start = log.read_text().count("vote_totals"), time.monotonic()
+
+        def visit(_):
+            pages = 0
+            while time.monotonic() - start < 2:
+                pages += get(service, "/").status == 200
+            return pages
+
+        with ThreadPoolExecutor(16) as pool:
+            pages = sum(pool.map(visit, range(16)))
+        reads, seconds = log.read_text().count("vote_totals") - before, time.monotonic() - start
+
+    assert 0 < reads <= 2 * (seconds / 0.5 + 1)
+    assert pages > 10 * reads
+
+
+# Settings
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql"])
+def test_both_schemes_of_database_urls_work(database, connection, scheme):
+    with Service(database.replace("postgresql://", f"{scheme}://")) as service:
+        assert vote(service).status == 303
+    assert connection.execute("SELECT vote FROM votes").fetchall() == [("Pita",)]
+
+
+# WSGI, for any other server
+
+
+@pytest.fixture
+def application(database, monkeypatch):
+    """The application in this process, wrapped by what the standard library has to check WSGI."""
+    monkeypatch.setenv("DATABASE_URL", database)
+    monkeypatch.delitem(sys.modules, "catvote", raising=False)
+    catvote = importlib.import_module("catvote")
+    with catvote.vote_pool, catvote.page_pool:
+        yield validator(catvote.app)
+
+
+WSGI_REQUESTS = {
+    "page": ("GET", "/", {}, b"", 200),
+    "head of the page": ("HEAD", "/", {}, b"", 200),
+    "page for a voter": ("GET", "/", {"QUERY_STRING": "voted=Pita"}, b"", 200),
+    "history": ("GET", "/history", {}, b"", 200),
+    "tally": ("GET", "/tally.json", {}, b"", 200),
+    "health": ("GET", "/healthz", {}, b"", 200),
+    "static file": ("GET", "/static/pita.svg", {}, b"", 200),
+    "head of a static file": ("HEAD", "/static/pita.svg", {}, b"", 200),
+    "part of a static file": ("GET", "/static/pita.svg", {"HTTP_RANGE": "bytes=0-3"}, b"", 206),
+    "not modified": ("GET", "/static/pita.svg", {"HTTP_IF_MODIFIED_SINCE": "Fri, 31 Dec 9999 23:59:59 GMT"}, b"", 304),
+    "vote": ("POST", "/add", {}, b"vote=Pita", 303),
+    "bad vote": ("POST", "/add", {}, b"vote=Garfield", 400),
+    "foreign vote": ("POST", "/add", {"HTTP_SEC_FETCH_SITE": "cross-site"}, b"vote=Pita", 403),
+    "unknown address": ("GET", "/nope", {}, b"", 404),
+    "wrong method": ("GET", "/add", {}, b"", 405),
+    "long vote": ("POST", "/add", {}, b"vote=" + b"a" * 9999, 413),
+}
+
+
+@pytest.mark.parametrize(("method", "target", "variables", "body", "status"), WSGI_REQUESTS.values(), ids=WSGI_REQUESTS)
+def test_the_application_keeps_to_wsgi(application, method, target, variables, body, status):
+    form = {"CONTENT_TYPE": FORM.partition(": ")[2], "CONTENT_LENGTH": str(len(body))} if body else {}
+    environ = {"REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": target, "QUERY_STRING": "", "HTTP_HOST": HOST}
+    environ |= form | variables
+    setup_testing_defaults(environ)
+    started = []
+    for _ in range(2):  # what it has found out before, it may answer by a shorter way
+        environ["wsgi.input"] = io.BytesIO(body)
+        with closing(application(environ.copy(), lambda *arguments: started.append(arguments))) as answer:
+            content = b"".join(answer)
+        reason, headers, *_ = started.pop()
+        assert not started
+        assert int(reason.split()[0]) == status
+        assert len(content) == (0 if method == "HEAD" or status == 304 else int(dict(headers)["Content-Length"]))

