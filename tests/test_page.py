@@ -115,8 +115,8 @@ def test_a_click_on_a_cat_is_a_vote_that_shows(visit, votes):
     button(page, "Fruit Gummi").locator("img").click()
     expect(thanks(page)).to_be_visible()
     assert (stored(votes, "Gummi"), stored(votes, "Pita")) == (gummi + 1, pita)
-    expect(count(page, "Gummi")).to_have_text(f"{gummi + 1:,}")
-    expect(count(page, "Pita")).to_have_text(f"{pita:,}")
+    assert count(page, "Gummi").inner_text() == f"{gummi + 1:,}"
+    assert count(page, "Pita").inner_text() == f"{pita:,}"
 
 
 @pytest.mark.parametrize("key", ["Enter", "Space"])
@@ -167,11 +167,16 @@ def test_a_double_click_is_one_vote_although_its_second_half_meets_the_next_page
     assert stored(votes, "Pita") == before + 1
 
 
-def test_clicks_while_a_vote_is_on_its_way_are_no_votes(visit, votes):
+def test_another_click_while_a_vote_is_on_its_way_is_no_vote(visit, votes):
     before = stored(votes, "Pita")
     page = visit()
-    page.evaluate("for (let click = 0; click < 3; click++) document.querySelector('[value=Pita]').click()")
+    with votes.transaction():
+        votes.execute("LOCK TABLE votes IN SHARE MODE")
+        for _ in range(2):
+            page.evaluate("document.querySelector('[value=Pita]').click()")
+            page.wait_for_timeout(200)
     expect(thanks(page)).to_be_visible()
+    page.wait_for_timeout(200)
     assert stored(votes, "Pita") == before + 1
 
 

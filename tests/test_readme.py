@@ -247,6 +247,14 @@ def test_connections_that_it_tells_are_those_of_the_pools():
     assert len(told) == 3
 
 
+def test_other_numbers_that_it_tells_are_those_of_the_code():
+    words = " ".join(README.split())
+    assert set(re.findall(r"every ([\d.]+) seconds", words)) == {str(catvote.tally_reader.fresh)}
+    assert f"threads = {re.search('hence ([0-9]+)[.] Connections', words)[1]}\n" in FILES["gunicorn.conf.py"]
+    assert f"% {re.search('up to ([0-9]+) counters', words)[1]};" in FILES["schema.sql"]
+    assert "every other second" in words and "delay = 2000" in FILES["static/catvote.js"]
+
+
 # What it links to
 
 
