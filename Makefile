@@ -35,7 +35,7 @@ COMMIT;
 endef
 export REPORT DROP
 
-.PHONY: help install run dev test initdb dropdb report bench clean
+.PHONY: help install run dev test initdb dropdb report bench diagrams card clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,12 @@ report: $(NEEDED) ## Show the votes, in total and by day
 
 bench: install ## Measure how much the service bears
 	@exec $(BIN)/python tests/bench.py
+
+diagrams: ## Draw static/structure.svg from its source, by Graphviz
+	dot -Tsvg -o static/structure.svg static/structure.dot
+
+card: install ## Draw static/card.png, for links in chats, from the two cats
+	@exec $(BIN)/python tests/card.py
 
 clean: ## Remove the packages and all caches; the votes, in .postgres/, stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
