@@ -8,6 +8,7 @@ import logging
 import os
 from collections import Counter, namedtuple
 from contextlib import suppress
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from hashlib import sha256
 from io import BytesIO
@@ -110,7 +111,7 @@ class Reader:
 
     def __init__(self, statement, patience, fresh):
         self.query, self.fresh = (page_pool, patience, statement), fresh
-        self.last, self.lock = Reading(-fresh, ()), Lock()
+        self.last, self.lock = Reading(-fresh, None), Lock()
 
     def latest(self, now=False):
         """Return a Reading `fresh` enough or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
@@ -125,25 +126,14 @@ class Reader:
                 self.last = self.last._replace(outdated=True)
             finally:
                 self.lock.release()
-        if not self.last.rows:
+        if self.last.rows is None:
             raise HTTPError(503, Retry_After="5")
         return self.last
 
 
-HISTORY = """
-    SELECT hour AT TIME ZONE 'UTC', jsonb_object_agg(vote, coalesce(counted.votes, 0))
-    FROM generate_series(date_trunc('day', now(), 'UTC') - interval '29 days', now(), '1 hour') AS hour
-    CROSS JOIN public.vote_totals
-    LEFT JOIN (
-        SELECT date_bin('1 hour', date_created, 'epoch') AS hour, vote, count(*) AS votes
-        FROM public.votes
-        WHERE date_created >= now() - interval '30 days'
-        GROUP BY 1, 2
-    ) AS counted USING (hour, vote)
-    GROUP BY hour
-    ORDER BY hour
-"""
-tally_reader = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
+TALLY = "SELECT vote, votes FROM public.vote_totals"
+HISTORY = "SELECT hour, vote, votes FROM public.votes_by_hour WHERE hour > now() - interval '30 days'"
+tally_reader = Reader(TALLY, patience=0.7, fresh=0.7)
 history_reader = Reader(HISTORY, patience=3, fresh=60)
 
 # Request handlers
@@ -175,11 +165,16 @@ def tally_json():
 @routes.get("/history")
 def history():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    _, hours, outdated = history_reader.latest()
+    _, rows, outdated = history_reader.latest()
+    this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
+    hours = {this_hour - timedelta(hours=number): Counter() for number in reversed(range(30 * 24))}
     days = {}
-    for hour, votes in hours:
+    for hour, vote, votes in rows:
+        hours.setdefault(hour, Counter())[vote] = votes
+    for hour, votes in hours.items():
         days.setdefault(hour.date(), Counter()).update(votes)
-    return conditional(answer(view("history", hours=hours[-48:], days=[*days.items()], outdated=outdated)))
+    hours, days = [*hours.items()][-48:], [*days.items()][-30:]
+    return conditional(answer(view("history", hours=hours, days=days, outdated=outdated)))
 
 
 @routes.post("/add")

@@ -9,7 +9,7 @@ from threading import Event, Thread
 from typing import NamedTuple
 from urllib.parse import urlencode
 
-CATS = ["Gummi", "Pita"]
+CATS = ("Gummi", "Pita")
 
 
 class Answer(NamedTuple):
@@ -17,14 +17,12 @@ class Answer(NamedTuple):
 
     cat -- whom it votes for; empty if it only looks at a page
     kept -- an earlier request had used its connection
-    acknowledged_before -- how many votes of the load were acknowledged when it was sent
     status -- 0 if no answer came, -1 if there was no connection either
     """
 
     path: str
     cat: str
     kept: bool
-    acknowledged_before: int
     sent_at: float
     ended_at: float
     status: int
@@ -65,10 +63,10 @@ class Load:
     `answers` is the log.
     """
 
-    WATCHED = ["/", "/static/icon.svg", "/healthz"]
+    WATCHED = ("/", "/static/icon.svg", "/healthz")
 
     def __init__(self, *services, voters=24, watchers=2, pause=0.05):
-        self.answers, self.acknowledged, self.pause = [], [], pause
+        self.answers, self.pause = [], pause
         self.ended = Event()
         service = cycle(services)
         self.threads = [Thread(target=self.vote, args=[next(service), Random(number)]) for number in range(voters)]
@@ -98,8 +96,8 @@ class Load:
 
     def ask(self, visitor, path, cat=""):
         """Send a request, as a vote if for a cat, log it, and return the answer."""
-        kept, acknowledged_before = visitor.sock is not None, len(self.acknowledged)
-        sent_at, status, headers, text = time.monotonic(), -1, {}, ""
+        kept, status, headers, text = visitor.sock is not None, -1, {}, ""
+        sent_at = time.monotonic()
         try:
             if not kept:
                 visitor.connect()
@@ -111,15 +109,17 @@ class Load:
             status, headers = response.status, response.headers
         except (OSError, HTTPException):
             visitor.close()
-        answer = Answer(path, cat, kept, acknowledged_before, sent_at, time.monotonic(), status, headers, text)
-        if cat and status == 303:
-            self.acknowledged.append(answer)
+        answer = Answer(path, cat, kept, sent_at, time.monotonic(), status, headers, text)
         self.answers.append(answer)
         return answer
 
     @property
     def votes(self):
         return [answer for answer in self.answers if answer.cat]
+
+    @property
+    def acknowledged(self):
+        return [vote for vote in self.votes if vote.status == 303]
 
     def pages(self, path, start, end):
         """Return the answers for a page asked for and given in that time."""

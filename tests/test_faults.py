@@ -8,17 +8,17 @@ import os
 import signal
 import socket
 import time
+from bisect import bisect
 from contextlib import contextmanager, suppress
-from http.client import HTTPConnection
 from pathlib import Path
 from shutil import which
-from threading import Thread
+from statistics import median
 
 import psutil
 import psycopg
 import pytest
 from conftest import missing
-from load import CATS, Load
+from load import Load
 from postgres import LocalPostgres, apply_schema, spawn
 from service import Service, free_port
 
@@ -91,7 +91,8 @@ def frozen(pid):
         yield
     finally:
         for process in family:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def kill(server):
@@ -104,7 +105,7 @@ def kill(server):
 def recovery(load, healed_at):
     """Return how long after that moment the last vote failed; many have succeeded since."""
     failed_at = max([vote.ended_at for vote in load.votes if vote.status != 303], default=healed_at)
-    assert len([vote for vote in load.acknowledged if vote.sent_at > failed_at]) > 50
+    assert sum(vote.sent_at > failed_at for vote in load.acknowledged) > 50
     return max(failed_at - healed_at, 0)
 
 
@@ -113,22 +114,27 @@ def verify(record_property):
     """Return a function that compares what the visitors were told with the rows, once the service has ended.
 
     statuses -- those that are no surprise
+    page_seconds -- how long a page or file may take
     figures -- more to report
     """
 
-    def verify(load, service, statuses=(200, 303, 503), **figures):
+    def verify(load, service, statuses=(200, 303, 503), page_seconds=8, **figures):
         assert service.process.returncode == 0
         assert "Traceback" not in service.log
         assert {answer.status for answer in load.answers} <= {*statuses}
 
         for answer in load.answers:
-            assert answer.seconds < (8 if answer.cat else 2), answer
+            assert answer.seconds < {"/add": 8, "/healthz": 8}.get(answer.path, page_seconds), answer
             if answer.status == 503:
                 assert answer.headers["Retry-After"].isdigit()
                 assert not answer.cat or answer.not_counted or answer.unconfirmed
-            # The page after a vote shows that one, and all that were acknowledged before.
-            if answer.status == 200 and "voted" in answer.path and not answer.outdated:
-                assert answer.total >= answer.acknowledged_before
+
+        # Pages show every vote that was acknowledged a second before, and after a vote also the last ones.
+        acknowledged_at = sorted(vote.ended_at for vote in load.acknowledged)
+        for page in load.answers:
+            if "data-votes" in page.text and not page.outdated:
+                age = 0 if "voted" in page.path else 1
+                assert page.total >= bisect(acknowledged_at, page.sent_at - age)
 
         url = service.environment["DATABASE_URL"]
         wait_until(lambda: not backends(url, "state <> 'idle'"))  # none is busy with a vote that its visitor gave up
@@ -160,7 +166,7 @@ def verify(record_property):
 
 @pytest.mark.parametrize("stop", [kill, LocalPostgres.terminate], ids=["killed", "restarted"])
 def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, verify, stop):
-    with Service(database) as service, Load(service) as load:
+    with Service(database) as service, Load(service, watchers=8) as load:
         time.sleep(2)
         failing_at = time.monotonic()
         stop(server)
@@ -171,12 +177,12 @@ def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, ve
         up_at = time.monotonic()
         time.sleep(4)
     recovered = recovery(load, up_at)
-    verify(load, service, recovered=f"{recovered:.1f} s")
+    verify(load, service, page_seconds=2, recovered=f"{recovered:.1f} s")
     assert recovered < 3
     assert {health.status for health in load.pages("/healthz", *outage)} == {503}
-    known = len([vote for vote in load.acknowledged if vote.ended_at < failing_at - 1])
+    known = sum(vote.ended_at < failing_at - 1 for vote in load.acknowledged)
     pages = load.pages("/", *outage)
-    assert pages
+    assert median(page.seconds for page in pages) < 0.1  # one visitor tries to read, others do not wait for that
     for page in pages:
         assert page.status == 200
         assert page.outdated
@@ -193,7 +199,6 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
         with Load(service) as later:
             time.sleep(2)
     load.answers += later.answers
-    load.acknowledged += later.acknowledged
     verify(load, service, statuses=(200, 303))
 
 
@@ -225,7 +230,7 @@ def test_a_frozen_server_holds_nobody_up(server, database, verify):
         thawed_at = time.monotonic()
         time.sleep(5)
     recovered = recovery(load, thawed_at)
-    figures = verify(load, service, recovered=f"{recovered:.1f} s")
+    figures = verify(load, service, page_seconds=2, recovered=f"{recovered:.1f} s")
     assert recovered < 3
     assert figures["unconfirmed"] > 0
     assert figures["not counted"] > 0
@@ -241,7 +246,7 @@ def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify
         freed_at = time.monotonic()
         time.sleep(3)
     recovered = recovery(load, freed_at)
-    figures = verify(load, service, recovered=f"{recovered:.1f} s")
+    figures = verify(load, service, page_seconds=2, recovered=f"{recovered:.1f} s")
     assert recovered < 1
     assert figures["unconfirmed"] == 0
     assert not any(page.outdated for page in load.pages("/", locked_at, freed_at))
@@ -367,6 +372,8 @@ def test_slow_visitors_keep_nobody_waiting(database, verify):
         for visitor in slow:
             visitor.close()
     verify(load, service, statuses=(200, 303))
+    pages = sorted(page.seconds for page in load.answers if page.path == "/")
+    assert pages[int(0.95 * len(pages))] < 2
 
 
 # What lies between
@@ -500,8 +507,8 @@ def test_no_vote_is_acknowledged_that_the_standby_does_not_have(primary, standby
             time.sleep(5)
             thawed_at = time.monotonic()
         time.sleep(3)
+    assert not [vote for vote in load.acknowledged if frozen_at < vote.sent_at < vote.ended_at < thawed_at]
     recovered = recovery(load, thawed_at)
     figures = verify(load, service, recovered=f"{recovered:.1f} s")
     assert recovered < 3
-    assert figures["unconfirmed"] > 12
-    assert not [vote for vote in load.acknowledged if frozen_at < vote.sent_at < vote.ended_at < thawed_at]
+    assert figures["unconfirmed"] > 0

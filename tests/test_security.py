@@ -146,10 +146,10 @@ def answer(request, method, target, headers, body, status, shared_service):
     """An answer of ANSWERS, from a service that has reason for it."""
     services = {500: "broken_service", 503: "service_without_database"}
     service = request.getfixturevalue(services[status]) if status in services else shared_service
-    for _ in range(5):  # what a process has found out before, it may answer by a shorter way
-        answer = ask(service, method, target, *headers, body=body)
-        assert answer.status == status
-    return answer
+    # The second reaches the same process, which may have found a shorter way by then.
+    answers = talk(service, 2 * write(method, target, *headers, body=body), method)
+    assert [answer.status for answer in answers] == [status, status]
+    return answers[-1]
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +332,7 @@ AMBIGUOUS = {
     "hexadecimal length": write(*POST, "Content-Length: 0x9") + b"vote=Pita",
     "length in other digits": write(*POST, "Content-Length: \xb2") + b"a=",
     "length and a space": write(*POST, "Content-Length : 9") + b"vote=Pita",
+    "header on two lines": write(*POST, "X: 1\r\n 2", "Content-Length: 9") + b"vote=Pita",
     "length on a second line": write(*POST, "Content-Length:\r\n 9") + b"vote=Pita",
     "length after a line feed": write(*POST, "X: 1\nContent-Length: 9") + b"vote=Pita",
     "length after a carriage return": write(*POST, "X: 1\rContent-Length: 9") + b"vote=Pita",
@@ -528,38 +529,11 @@ def asked_for(body):
     return votes if len(votes) == 1 and votes[0] in CATS else []
 
 
-URLENCODED_SOUP = soup("vote", "vote=", "=", "&", "Pita", "Gummi", "+", "%50ita", "%00", "%FF", "%", ";", "\xc3\xa4")
-MULTIPART_SOUP = soup(
-    *[
-        "--icing",
-        "--icing--",
-        "\r\n",
-        "\r\n\r\n",
-        "\n",
-        'Content-Disposition: form-data; name="vote"',
-        "Pita",
-        ";",
-        "=",
-    ],
-    *[
-        "Content-Type: text/plain; charset=",
-        "utf-7",
-        "utf-16",
-        "+2AA-",
-        "filename=",
-        "Content-Length: ",
-        "zz",
-        "0",
-        '"',
-    ],
-)
-BOUNDARY = st.sampled_from(
-    ["", "; boundary=icing", '; boundary="icing"', "; boundary", "; charset=utf-16; boundary=icing"]
-)
+URLENCODED = soup(*"vote= vote=Pita &vote=Pita vote=Gummi Pita vote = & + %50ita %00 %FF % ; \xc3\xa4".split())
 
 
 @FUZZ
-@given(body=URLENCODED_SOUP)
+@given(body=URLENCODED)
 def test_any_urlencoded_body_counts_as_it_asks(shared_service, collect, body):
     collect()
     answer = vote(shared_service, body=body)
@@ -567,30 +541,40 @@ def test_any_urlencoded_body_counts_as_it_asks(shared_service, collect, body):
     assert answer.status == (303 if asked_for(body) else 400)
 
 
+BOUNDARY = "; boundary=icing"
+BOUNDARIES = ["", "; boundary", "; boundary=", '; boundary="icing"', f"; charset=utf-16{BOUNDARY}"]
+CHARSETS = st.sampled_from(["utf-8", "utf-7", "utf-16", "unicode_escape", "hex", "nope", "", '"'])
+PART_HEADERS = st.one_of(
+    CHARSETS.map(lambda charset: f"Content-Type: text/plain; charset={charset}".encode()),
+    st.sampled_from([b"Content-Length: 4", b"Content-Length: 0", b"Content-Length: zz", b"Content-Disposition: ;"]),
+    soup(*': ; = " \r\n --icing name filename vote * \xff Content-Disposition form-data'.split(" ")),
+)
+PART_BODIES = soup(*r"Pita Gummi +2AA- \ud800 --icing --icing-- = %".split(), "\xff\xfe", "\0", "\r\n")
+
+
 @FUZZ
 @given(
-    before=MULTIPART_SOUP,
-    after=MULTIPART_SOUP,
-    cut=st.integers(0, 100),
-    length=st.integers(0, 30),
-    boundary=BOUNDARY,
+    boundary=st.one_of(st.just(BOUNDARY), st.sampled_from(BOUNDARIES)),
+    headers=st.lists(PART_HEADERS, max_size=2),
+    value=st.one_of(st.just(b"Pita"), PART_BODIES),
+    cut=st.one_of(st.just((0, 0)), st.tuples(st.integers(0, 150), st.integers(0, 30))),
 )
-def test_no_multipart_body_counts_for_more_than_it_asks(shared_service, collect, before, after, cut, length, boundary):
+def test_no_multipart_body_counts_for_more_than_it_asks(shared_service, collect, boundary, headers, value, cut):
     collect()
-    whole = b'--icing\r\nContent-Disposition: form-data; name="vote"\r\n\r\nPita\r\n--icing--\r\n'
-    body = whole[:cut] + before + whole[cut + length :] + after
+    field = b'Content-Disposition: form-data; name="vote"'
+    body = b"\r\n".join([b"--icing", field, *headers, b"", value, b"--icing--", b""])
+    body = body[: cut[0]] + body[sum(cut) :]
     answer = ask(shared_service, "POST", "/add", "Content-Type: multipart/form-data" + boundary, body=body)
     votes = collect()
-    assert (answer.status, votes) in ((400, []), (303, ["Pita"]))
-    assert not votes or b"Pita" in body
+    assert (answer.status, votes) in ((400, []), (303, ["Pita"]), (303, ["Gummi"]))
+    assert not votes or votes[0].encode() in body
+
+
+KINDS = soup(*'multipart/ form-data application/ json text/plain ; boundary= icing " = \xff'.split())
 
 
 @FUZZ
-@given(
-    kind=soup(
-        "multipart/", "form-data", "application/", "json", "text/plain", ";", "boundary=", "icing", '"', "=", "\xff"
-    )
-)
+@given(kind=KINDS)
 def test_any_type_that_no_form_has_is_refused(shared_service, collect, kind):
     collect()
     kind = re.sub(r"[\0-\x1f\x7f]", "", kind.decode("latin-1"))
@@ -599,58 +583,19 @@ def test_any_type_that_no_form_has_is_refused(shared_service, collect, kind):
     assert collect() == []
 
 
-TARGETS = soup(
-    "/", "static/", "pita.svg", "add", "tally.json", "?", "voted=", "v=", "%", "%FF", "%00", "..", "%2F", "#", "http://"
-)
-HEADERS = st.sampled_from(
-    [
-        "Host",
-        "Origin",
-        "Sec-Fetch-Site",
-        "If-None-Match",
-        "If-Modified-Since",
-        "Range",
-        "Cookie",
-        "Content-Type",
-        "Accept",
-    ]
-    + [
-        "Connection",
-        "X-Forwarded-Proto",
-        "X-Forwarded-For",
-        "Expect",
-        "Upgrade",
-        "Content-Length",
-        "Trailer",
-        "SCRIPT_NAME",
-    ]
-)
-VALUES = soup(
-    '"',
-    "W/",
-    ",",
-    ";",
-    "=",
-    "bytes=",
-    "0-",
-    "-1",
-    "9" * 20,
-    "http://",
-    "[",
-    "]",
-    "null",
-    "\xff",
-    "\0",
-    "1 Jan 1970",
-    ":",
-)
+TARGETS = soup(*"/ static/ pita.svg add tally.json ? voted= v= % %FF %00 .. %2F # http://".split())
+NAMES = """
+    Host Origin Sec-Fetch-Site If-None-Match If-Modified-Since Range Cookie Content-Type Content-Length Trailer
+    Connection Upgrade Expect X-Forwarded-For X-Forwarded-Proto SCRIPT_NAME
+""".split()
+VALUES = soup(*'" W/ , ; : = bytes= 0- -1 99999999999999999999 http:// [ ] null \xff \0 1 Jan 1970'.split(" "))
 
 
 @FUZZ
 @given(
     method=st.sampled_from([b"GET", b"POST", b"DELETE", b"get", b"", b"\xff"]),
     target=TARGETS,
-    headers=st.lists(st.tuples(HEADERS, VALUES), max_size=3),
+    headers=st.lists(st.tuples(st.sampled_from(NAMES), VALUES), max_size=3),
 )
 def test_any_request_gets_an_answer_or_none(shared_service, collect, method, target, headers):
     lines = [b"%s /%s HTTP/1.1" % (method, target), *(b"%s: %s" % (name.encode(), value) for name, value in headers)]

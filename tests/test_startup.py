@@ -84,10 +84,13 @@ class Running:
             stderr=self.log,
             start_new_session=True,
         )
-        while self.ready not in self.output:
+        for _ in range(600):
+            if self.ready in self.output:
+                return self
             assert self.process.poll() is None, self.output
             time.sleep(0.05)
-        return self
+        self.__exit__()
+        pytest.fail(f"It is not ready: {self.output}")
 
     def __exit__(self, *_):
         if self.process.poll() is None:

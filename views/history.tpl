@@ -9,7 +9,7 @@
 % else:
 <p class="intro">Fruit Gummi’s votes go up, Pita’s go down. All times are UTC.</p>
 %   for heading, unit, form, rows in (("Two days, hour by hour", "hour", "%d %b, %H:%M", hours), ("A month, day by day", "day", "%d %b", days)):
-%     most = max(1, *(count for _, votes in rows for count in votes.values()))
+%     most = max([1, *(count for _, votes in rows for count in votes.values())])
 <section>
 <h2>{{heading}}</h2>
 <p class="ends"><span>↑ Fruit Gummi</span> <span>at most {{"{:,}".format(most)}}</span></p>
