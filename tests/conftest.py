@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from playwright.sync_api import sync_playwright
-from postgres import ROOT, LocalPostgres, apply_schema, programs_of
-from service import Service
+from postgres import ROOT, LocalPostgres, apply_schema
+from service import Service, free_port
 
 # As `import catvote` works wherever pytest starts.
 sys.path.insert(0, str(ROOT))
@@ -98,13 +98,25 @@ def shared_service(shared_database):
         yield service
 
 
-@pytest.fixture(scope="session", params=[14, 18])
-def bindir(request):
-    """Server programs of the oldest and of the newest PostgreSQL supported: tests run with both."""
-    try:
-        return programs_of(request.param)
-    except RuntimeError as error:
-        missing(str(error))
+@pytest.fixture(scope="module")
+def collect(shared_database):
+    """A function that returns the votes stored since its last call, and removes them."""
+    with psycopg.connect(shared_database, autocommit=True) as connection:
+        yield lambda: [vote for (vote,) in connection.execute("DELETE FROM votes RETURNING vote")]
+
+
+@pytest.fixture
+def stored(collect):
+    """A function that returns the votes stored since the test began."""
+    collect()
+    return collect
+
+
+@pytest.fixture(scope="module")
+def service_without_database():
+    """The service, whose database cannot be reached."""
+    with Service(f"postgresql://127.0.0.1:{free_port()}/catvote") as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

@@ -22,22 +22,7 @@ import psycopg
 import pytest
 from client import FORM, HOST, ask, chunked, get, talk, vote, write
 from postgres import ROOT
-from service import Service, free_port
-
-
-@pytest.fixture(scope="module")
-def collect(shared_database):
-    """A function that returns the votes stored since its last call, and removes them."""
-    with psycopg.connect(shared_database, autocommit=True) as connection:
-        yield lambda: [vote for (vote,) in connection.execute("DELETE FROM votes RETURNING vote")]
-
-
-@pytest.fixture
-def stored(collect):
-    """A function that returns the votes stored since the test began."""
-    collect()
-    return collect
-
+from service import Service
 
 # The page
 
@@ -99,13 +84,6 @@ def test_healthz_is_ok_while_the_database_answers(shared_service):
     answer = get(shared_service, "/healthz")
     assert (answer.status, answer.text) == (200, "ok\n")
     assert answer.headers["Cache-Control"] == "no-store"
-
-
-@pytest.fixture(scope="module")
-def service_without_database():
-    """The service, whose database cannot be reached."""
-    with Service(f"postgresql://127.0.0.1:{free_port()}/catvote") as service:
-        yield service
 
 
 @pytest.mark.parametrize("target", ["/healthz", "/", "/?voted=Pita", "/tally.json", "/history"])

@@ -11,27 +11,12 @@ from contextlib import suppress
 from itertools import product
 from urllib.parse import parse_qsl, quote
 
-import psycopg
 import pytest
 from client import FORM, HOST, ask, chunked, get, listen, read, talk, vote, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from postgres import ROOT
-from service import Service, free_port
-
-
-@pytest.fixture(scope="module")
-def collect(shared_database):
-    """A function that returns the votes stored since its last call, and removes them."""
-    with psycopg.connect(shared_database, autocommit=True) as connection:
-        yield lambda: [vote for (vote,) in connection.execute("DELETE FROM votes RETURNING vote")]
-
-
-@pytest.fixture
-def stored(collect):
-    """A function that returns the votes stored since the test began."""
-    collect()
-    return collect
+from service import Service
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +26,6 @@ def broken_service(shared_database, tmp_path_factory):
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "tests"))
     (copy / "views/index.tpl").write_text("{{1 / 0}}")
     with Service(shared_database, GUNICORN_CMD_ARGS=f"--chdir={copy}") as service:
-        yield service
-
-
-@pytest.fixture(scope="module")
-def service_without_database():
-    """The service, whose database cannot be reached."""
-    with Service(f"postgresql://127.0.0.1:{free_port()}/catvote") as service:
         yield service
 
 
