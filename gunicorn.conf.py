@@ -7,6 +7,7 @@ reads PORT and GUNICORN_CMD_ARGS from the environment; the latter wins over this
 import os
 import sys
 from pathlib import Path
+from select import POLLIN, poll
 
 import bottle
 from gunicorn.workers.gthread import ThreadWorker
@@ -23,13 +24,20 @@ workers = os.environ.get("WEB_CONCURRENCY", "2")
 
 
 class Worker(ThreadWorker):
-    """A gthread worker that waits for a visitor to hang up, 2 s at most, in that visitor's own thread.
-
-    gunicorn 27.0.1 does so in the one thread that accepts connections: a few visitors could hold up all.
-    """
+    """gunicorn's gthread worker, with two changes of how a thread takes leave of a visitor."""
 
     def handle(self, conn):
         keep = super().handle(conn)
+        # A browser asks for the stylesheet and the pictures at once, and the way through the main thread
+        # to the next free one costs a quarter of a page: while each visitor can have a thread, it waits a bit.
+        again = poll()
+        while keep is True and self.nr_conns <= self.cfg.threads:
+            again.register(conn.sock, POLLIN)
+            if not again.poll(50):  # milliseconds
+                break
+            keep = super().handle(conn)
+        # gunicorn 27.0.1 gives a visitor 2 s to hang up, in the one thread that accepts connections: those
+        # who do not would hold up everybody. Here they hold up this thread.
         if keep is False:
             conn.close(graceful=True)
             conn.close = lambda graceful=False: None
@@ -47,8 +55,7 @@ keepalive = 95
 # Heroku kills 30 s after the first signal.
 graceful_timeout = 25
 
-# A platform's router logs each request already; GUNICORN_CMD_ARGS=--access-logfile=- does it here.
-accesslog = None
+# There is no access log: a platform's router has one, and GUNICORN_CMD_ARGS=--access-logfile=- is another.
 # No headers from visitors become SCRIPT_NAME or PATH_INFO, and no socket appears in $HOME.
 forwarder_headers = ""
 control_socket_disable = True
