@@ -19,7 +19,7 @@ import pytest
 from postgres import ROOT
 from service import Service, free_port, procfile
 
-VERBS = ["help", "install", "run", "dev", "test", "initdb", "dropdb", "report", "bench", "clean"]
+VERBS = ["help", "install", "run", "dev", "test", "initdb", "dropdb", "report", "bench", "diagrams", "card", "clean"]
 # Characters that mean something to sh, make, a URL or libpq.
 AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
 

@@ -1,8 +1,7 @@
-"""catvote's own settings of gunicorn, without the functions that open and close its pools."""
+"""catvote's own settings of gunicorn, for another application: without its hooks and its worker's tricks."""
 
 import runpy
 from pathlib import Path
-from types import FunctionType
 
 settings = runpy.run_path(str(Path(__file__).parents[2] / "gunicorn.conf.py"))
-globals().update({name: value for name, value in settings.items() if not isinstance(value, FunctionType)})
+globals().update({name: value for name, value in settings.items() if not callable(value)}, worker_class="gthread")
