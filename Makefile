@@ -8,13 +8,13 @@ DOTENV = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 
 # tests/postgres.py tells psql where the database is. Another command, as in
 # make initdb PSQL='heroku pg:psql', knows that itself and is fed the same SQL.
-ifeq ($(origin PSQL),command line)
+ifneq ($(filter command environment,$(origin PSQL)),)
 WITH_PSQL = sh -c
 DATABASE = the database of $(PSQL)
 else
 PSQL = psql -Xq
 WITH_PSQL = $(DOTENV) $(BIN)/python tests/postgres.py sh -c
-DATABASE = database $$PGDATABASE on $$PGHOST
+DATABASE = database $${PGDATABASE:-of that user} on $${PGHOST:-this machine}
 NEEDED = install
 endif
 
@@ -55,7 +55,7 @@ run dev: install
 	@exec $(DOTENV) $(BIN)/python tests/service.py
 
 test: install ## Run all tests
-	@exec $(BIN)/python -m pytest tests
+	@exec $(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 initdb: $(NEEDED) ## Apply schema.sql to the database, again and again if you like
 	@exec $(WITH_PSQL) "{ echo '\set ON_ERROR_STOP on'; cat schema.sql; } | $(PSQL)"

@@ -84,7 +84,7 @@ vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=n, reconnect_t
 def execute(pool, patience, statement, parameters=()):
     """Run one statement, a transaction of its own, and return its rows, within 2.5 x `patience` seconds.
 
-    Raises psycopg.IntegrityError or DataError for bad parameters, else HTTPError 503, `unconfirmed` if it may be done.
+    Raises psycopg's CheckViolation or DataError for bad parameters, else HTTPError 503, `unconfirmed` if it may have run.
     """
     sent = False
     try:
@@ -93,10 +93,10 @@ def execute(pool, patience, statement, parameters=()):
             sent = True
             cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
-    except (psycopg.IntegrityError, psycopg.DataError):
+    except (psycopg.errors.CheckViolation, psycopg.DataError):
         raise
     except psycopg.Error as error:
-        logging.getLogger("catvote").warning("database: %s", str(error).strip() or type(error).__name__)
+        logging.getLogger("catvote").warning("database: %s", " ".join(str(error).split()) or type(error).__name__)
         away = HTTPError(503, Retry_After="5")
         # An ERROR undoes the statement. A connection lost, even with a last word, may have committed.
         away.unconfirmed = sent and error.diag.severity_nonlocalized != "ERROR"
@@ -111,19 +111,21 @@ class Reader:
 
     def __init__(self, statement, patience, fresh):
         self.query, self.fresh = (page_pool, patience, statement), fresh
-        self.last, self.lock = Reading(-fresh, None), Lock()
+        self.last, self.lock, self.retry_at = Reading(-fresh, None), Lock(), 0
 
     def latest(self, now=False):
         """Return a Reading `fresh` enough or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
         since = monotonic() - (0 if now else self.fresh)
         last = self.last
         # One visitor reads for all; the others wait for it, unless the database is known to be away.
-        if last.begun < since and self.lock.acquire(blocking=now or not last.outdated):
+        due = last.begun < since and monotonic() >= self.retry_at
+        if due and self.lock.acquire(blocking=now or not last.outdated):
             try:
+                # Another may have read, or failed to, while this one waited for the lock.
                 if self.last is last or not (self.last.outdated or self.last.begun >= since):
                     self.last = Reading(monotonic(), tuple(execute(*self.query)))
             except HTTPError:
-                self.last = self.last._replace(outdated=True)
+                self.last, self.retry_at = self.last._replace(outdated=True), monotonic() + self.fresh / 10
             finally:
                 self.lock.release()
         if self.last.rows is None:
@@ -170,7 +172,7 @@ def history():
     hours = {this_hour - timedelta(hours=number): Counter() for number in reversed(range(30 * 24))}
     days = {}
     for hour, vote, votes in rows:
-        hours.setdefault(hour, Counter())[vote] = votes
+        hours.get(hour, {})[vote] = votes
     for hour, votes in hours.items():
         days.setdefault(hour.date(), Counter()).update(votes)
     hours, days = [*hours.items()][-48:], [*days.items()][-30:]
@@ -184,7 +186,7 @@ def add():
     vote = read_vote()
     try:
         execute(vote_pool, 2, "INSERT INTO public.votes (vote) VALUES (%s)", [vote])
-    except (psycopg.IntegrityError, psycopg.DataError, UnicodeError) as error:
+    except (psycopg.errors.CheckViolation, psycopg.DataError, UnicodeError) as error:
         raise HTTPError(400, "There is no such cat, so no vote was counted.") from error
     except HTTPError as error:
         outcome = "could not be confirmed" if error.unconfirmed else "was not counted"
@@ -196,7 +198,7 @@ def add():
 def refuse_cross_site():
     """Raise 403 for a page of another site, by the rule of https://pkg.go.dev/net/http#CrossOriginProtection."""
     site, origin, host = (request.environ.get("HTTP_" + name, "") for name in ("SEC_FETCH_SITE", "ORIGIN", "HOST"))
-    same_host = origin.lower().partition("://")[2] == host.lower() != ""
+    same_host = host and origin.lower().partition("://")[2] == host.lower()
     if site not in ("same-origin", "none") and (site or (origin and not same_host)):
         raise HTTPError(403, "Votes from pages of other sites are not counted.")
 
@@ -235,6 +237,8 @@ def healthz():
 def static(path):
     """A file; for a year if its address names the present version, else to be asked for again."""
     file = static_file(path, root=FOLDER / "static", etag=False)
+    if file.status_code == 403:
+        raise HTTPError(404)
     if file.status_code < 400:
         del file.headers["Date"]  # gunicorn sends one
         file.set_header("Cache-Control", "max-age=31536000, immutable" if request.query.v == VERSION else "no-cache")

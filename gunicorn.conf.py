@@ -6,6 +6,7 @@ reads PORT and GUNICORN_CMD_ARGS from the environment; the latter wins over this
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from select import POLLIN, poll
 
@@ -29,11 +30,11 @@ class Worker(ThreadWorker):
     def handle(self, conn):
         keep = super().handle(conn)
         # A browser asks for the stylesheet and the pictures at once, and the way through the main thread
-        # to the next free one costs a quarter of a page: while each visitor can have a thread, it waits a bit.
+        # to the next free one costs a quarter of the CPU of a page: while there is a thread for each visitor, it waits.
         again = poll()
         while keep is True and self.nr_conns <= self.cfg.threads:
             again.register(conn.sock, POLLIN)
-            if not again.poll(50):  # milliseconds
+            if not (conn.parser.unreader.buf.getvalue() or again.poll(50)):  # milliseconds
                 break
             keep = super().handle(conn)
         # gunicorn 27.0.1 gives a visitor 2 s to hang up, in the one thread that accepts connections: those
@@ -62,9 +63,10 @@ control_socket_disable = True
 
 # Reload on save, and Bottle's own error pages, with the traceback.
 DEVELOPMENT = bool(os.environ.get("DEVELOPMENT"))
+FOLDER = Path(__file__).parent
 if DEVELOPMENT:
     reload = True
-    reload_extra_files = [str(file) for file in [*Path("views").iterdir(), *Path("static").iterdir()]]
+    reload_extra_files = [str(file) for file in [*FOLDER.glob("views/*"), *FOLDER.glob("static/*")]]
 
 
 def post_worker_init(worker):
@@ -73,6 +75,9 @@ def post_worker_init(worker):
 
     catvote.vote_pool.open()
     catvote.page_pool.open()
+    # Visitors are let in with the first connection or, without a database, after a second.
+    with suppress(bottle.HTTPError):
+        catvote.execute(catvote.page_pool, 2, "SELECT 1")
     if DEVELOPMENT:
         bottle.debug()
         del catvote.routes.default_error_handler

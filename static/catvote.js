@@ -30,7 +30,7 @@ async function follow() {
         show(await answer.json());
         tag = answer.headers.get("ETag");
       }
-      fresh = answer.status < 400 && !answer.headers.has("Age");
+      fresh = answer.status < 400 && !(answer.headers.get("Age") > 1);
     } catch {}
     document.querySelector("#outdated").hidden = fresh;
     delay = fresh ? 2000 : Math.min(2 * delay, 30000);

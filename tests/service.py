@@ -37,6 +37,8 @@ class Service:
     what it wrote, if it ends instead of listening.
     """
 
+    command, folder = procfile("web"), ROOT
+
     def __init__(self, database_url, to_terminal=False, **environment):
         self.port = int(environment.get("PORT") or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
@@ -51,8 +53,8 @@ class Service:
 
     def __enter__(self):
         self.process = subprocess.Popen(
-            ["sh", "-c", "exec " + procfile("web")],
-            cwd=ROOT,
+            ["sh", "-c", "exec " + self.command],
+            cwd=self.folder,
             env=self.environment,
             stdin=subprocess.DEVNULL,
             stdout=self.output,

@@ -342,8 +342,11 @@ def test_a_wrong_database_url_ends_the_start_with_one_line(settings):
     assert "secret" not in ended.stdout + line
 
 
-def test_the_makefile_names_a_wrong_database_url_without_its_value(project):
-    ended = make(project, "initdb", DATABASE_URL="postgres://user:secret@[::1/db")
+@pytest.mark.parametrize(
+    "url", ["postgres://user:secret@[::1/db", "postgres://user:p@secret@host/db", "postgres://user:secret/1@host/db"]
+)
+def test_the_makefile_names_a_wrong_database_url_without_its_value(url, project):
+    ended = make(project, "initdb", DATABASE_URL=url)
     assert ended.returncode != 0
     assert "DATABASE_URL is not a valid" in ended.stderr
     assert "secret" not in ended.stdout + ended.stderr
