@@ -225,7 +225,7 @@ def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
         time.sleep(2)
         with frozen(server.server_pid):
-            time.sleep(9)
+            time.sleep(15)
         thawed_at = time.monotonic()
         time.sleep(4)
     recovered = recovery(load, thawed_at)
@@ -241,7 +241,7 @@ def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             locked_at = time.monotonic()
-            time.sleep(9)
+            time.sleep(15)
         freed_at = time.monotonic()
         time.sleep(2)
     recovered = recovery(load, freed_at)
