@@ -5,8 +5,11 @@ reads PORT and GUNICORN_CMD_ARGS from the environment; the latter wins over this
 """
 
 import os
+import re
+import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from select import POLLIN, poll
 
@@ -15,11 +18,16 @@ from gunicorn.workers.gthread import ThreadWorker
 from psycopg import ProgrammingError
 from psycopg.conninfo import conninfo_to_dict
 
+INVALID = "catvote: DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example"
 try:
-    if not conninfo_to_dict(os.environ.get("DATABASE_URL", "")):
-        sys.exit("catvote: DATABASE_URL is not set; see .env.example")
+    database = conninfo_to_dict(os.environ.get("DATABASE_URL", ""))
 except ProgrammingError:  # whose text quotes the URL, password and all
-    sys.exit("catvote: DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example")
+    sys.exit(INVALID)
+if not database:
+    sys.exit("catvote: DATABASE_URL is not set; see .env.example")
+# An @ or / in a password has to be percent-encoded: else a part of it is taken for the host or port, and logged.
+if "@" in database.get("host", "") or not re.fullmatch("[0-9,]*", str(database.get("port", ""))):
+    sys.exit(INVALID)
 
 workers = os.environ.get("WEB_CONCURRENCY", "2")
 
@@ -88,3 +96,22 @@ def worker_exit(server, worker):
     if catvote := sys.modules.get("catvote"):
         catvote.vote_pool.close()
         catvote.page_pool.close()
+
+
+def mask_sigterm(how):
+    """Hold SIGTERM back (signal.SIG_BLOCK) or let it through (signal.SIG_UNBLOCK)."""
+    signal.pthread_sigmask(how, [signal.SIGTERM])
+
+
+def end_on_sigterm():
+    """Let SIGTERM end a worker that has no handlers of its own yet: the master's, inherited, would swallow it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    mask_sigterm(signal.SIG_UNBLOCK)
+
+
+# The master waits graceful_timeout seconds for a worker that has missed its SIGTERM.
+os.register_at_fork(
+    before=partial(mask_sigterm, signal.SIG_BLOCK),
+    after_in_parent=partial(mask_sigterm, signal.SIG_UNBLOCK),
+    after_in_child=end_on_sigterm,
+)

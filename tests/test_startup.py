@@ -136,7 +136,7 @@ def left_behind(folder, seconds=5):
     return remaining
 
 
-def helper_of(folder):
+def starter_of(folder):
     """Return the process id that `make run` wrote beside its votes."""
     return int(folder.joinpath(".postgres/lock").read_text())
 
@@ -201,7 +201,7 @@ def test_it_leaves_nothing_running_after(signals, used_project):
 def test_it_starts_again_at_once_after_it_was_killed(used_project):
     with Running(used_project) as service:
         votes = service.votes(vote="Pita")
-        os.kill(helper_of(used_project), signal.SIGKILL)
+        os.kill(starter_of(used_project), signal.SIGKILL)
     with Running(used_project) as service:
         assert service.votes() == votes
 
@@ -326,6 +326,8 @@ def test_a_password_may_be_percent_encoded_and_the_server_behind_a_unix_socket(s
         pytest.param({"DATABASE_URL": "postgres://user:secret@[::1/db"}, id="malformed URL"),
         pytest.param({"DATABASE_URL": "mysql://user:secret@localhost/db"}, id="other database"),
         pytest.param({"DATABASE_URL": "secret"}, id="no URL"),
+        pytest.param({"DATABASE_URL": "postgres://user:p@secret@host/db"}, id="@ in the password"),
+        pytest.param({"DATABASE_URL": "postgres://user:1/secret@host/db"}, id="/ in the password"),
     ],
 )
 def test_a_wrong_database_url_ends_the_start_with_one_line(settings):
