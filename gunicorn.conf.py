@@ -26,7 +26,7 @@ except ProgrammingError:  # whose text quotes the URL, password and all
 if not database:
     sys.exit("catvote: DATABASE_URL is not set; see .env.example")
 # An @ or / in a password has to be percent-encoded: else a part of it is taken for the host or port, and logged.
-if "@" in database.get("host", "") or not re.fullmatch("[0-9,]*", str(database.get("port", ""))):
+if "@" in database.get("host", "") + database.get("dbname", "") or re.search("[^0-9,]", str(database.get("port", ""))):
     sys.exit(INVALID)
 
 workers = os.environ.get("WEB_CONCURRENCY", "2")
