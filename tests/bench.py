@@ -247,7 +247,7 @@ def measures(contestants):
         "vote": load("catvote", "bare Bottle", "the Flask way", "the async way", votes=10)
         | {"pgbench": catvote.pgbench},
         "mix": load("catvote", "the Flask way", "the async way", votes=1),
-        "half": {"catvote": catvote.half},
+        "half": {name: contestants[name].half for name in ("catvote", "bare Bottle")},
         "read": load("catvote", "the Flask way", "catvote, full", path="/?voted=Pita", connections=1)
         | {"the Flask way, full": lambda seconds: contestants["the Flask way, full"].load(5 * seconds, connections=1)},
         "write": load("catvote", "catvote, full", votes=10, connections=1),
