@@ -98,7 +98,7 @@ class Contestant(Service):
             self.command, self.folder = command, FOLDER
 
     def __exit__(self, *_):
-        with suppress(AssertionError):  # uvicorn leaves a process behind, which stop() ends
+        with suppress(AssertionError, ProcessLookupError):  # uvicorn leaves a process behind for a moment
             self.stop()
 
     def sql(self, statement):
