@@ -7,7 +7,8 @@ import json
 import logging
 import os
 from collections import Counter, namedtuple
-from contextlib import suppress
+from concurrent.futures import Future
+from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -20,12 +21,12 @@ from urllib.parse import quote
 
 import psycopg
 from bottle import Bottle, HTTPError, HTTPResponse, request, response, static_file, template
+from multipart import parse_form_data
 from psycopg_pool import ConnectionPool
 
 # Configuration
 
 DATABASE_URL = os.environ.get("DATABASE_URL", "")
-FORM_TYPES = ("application/x-www-form-urlencoded", "multipart/form-data")
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
 FOLDER = Path(__file__).parent
 VERSION = sha256(b"".join(file.read_bytes() for file in sorted(FOLDER.glob("static/*")))).hexdigest()[:8]
@@ -39,8 +40,8 @@ routes = Bottle()
 class Connection(psycopg.Connection):
     """A connection on which no statement waits for ever, not even for a server that has frozen.
 
-    After `patience` seconds it asks the server to cancel. One that says it did has undone the statement; one that is
-    silent loses the connection. Success proves nothing then: so ends a commit that waits for its standby no longer.
+    After `patience` seconds it asks the server to cancel, and is not used again. A server that says it did has undone
+    the statement. Success proves nothing then: so ends a commit that waits for its standby no longer.
     """
 
     patience = 2
@@ -49,14 +50,10 @@ class Connection(psycopg.Connection):
         try:
             return super().wait(gen, interval, timeout or self.patience)
         except psycopg.errors._WaitTimeout:
-            try:
+            with closing(self):
                 self.cancel_safe(timeout=self.patience / 2)
                 super().wait(gen, interval, self.patience / 2)
-            except psycopg.OperationalError as error:
-                if error.sqlstate:
-                    raise
-                self.close()
-            raise
+                raise
 
 
 def configure(connection):
@@ -75,31 +72,28 @@ def check(connection):
 
 
 # Two pools, so that votes that hang cannot keep pages from the database. Two workers hold at most
-# 16 connections, where small hosted plans allow 20. gunicorn.conf.py opens and closes the pools.
+# 8 connections, where small hosted plans allow 20. gunicorn.conf.py opens and closes the pools.
 SESSION = {"autocommit": True, "connect_timeout": 2, "application_name": "catvote"}
 pool_of = partial(ConnectionPool, DATABASE_URL, connection_class=Connection, kwargs=SESSION, configure=configure)
-vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=n, reconnect_timeout=2, open=False) for n in (6, 2))
+vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=n, reconnect_timeout=2, open=False) for n in (2, 2))
 
 
 def execute(pool, patience, statement, parameters=()):
     """Run one statement, a transaction of its own, and return its rows, within 2.5 x `patience` seconds.
 
-    Raises psycopg's CheckViolation or DataError for bad parameters, else HTTPError 503, `unconfirmed` if it may have run.
+    Raises HTTPError 503, `unconfirmed` if the statement may have been done all the same.
     """
-    sent = False
+    connection = None
     try:
         with pool.connection(timeout=patience / 2) as connection:
             connection.patience = patience
-            sent = True
             cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
-    except (psycopg.errors.CheckViolation, psycopg.DataError):
-        raise
     except psycopg.Error as error:
         logging.getLogger("catvote").warning("database: %s", " ".join(str(error).split()) or type(error).__name__)
         away = HTTPError(503, Retry_After="5")
         # An ERROR undoes the statement. A connection lost, even with a last word, may have committed.
-        away.unconfirmed = sent and error.diag.severity_nonlocalized != "ERROR"
+        away.unconfirmed = connection is not None and error.diag.severity_nonlocalized != "ERROR"
         raise away from error
 
 
@@ -107,19 +101,19 @@ Reading = namedtuple("Reading", "begun rows outdated", defaults=[False])  # begu
 
 
 class Reader:
-    """Keeps a statement's rows for `fresh` seconds, so that many visitors cost one reading; outdated if one failed."""
+    """Keeps a statement's rows for `fresh` seconds, a quarter more while one visitor reads; outdated if that failed."""
 
     def __init__(self, statement, patience, fresh):
         self.query, self.fresh = (page_pool, patience, statement), fresh
         self.last, self.lock, self.retry_at = Reading(-fresh, None), Lock(), 0
 
     def latest(self, now=False):
-        """Return a Reading `fresh` enough or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
+        """Return a Reading that is fresh or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
         since = monotonic() - (0 if now else self.fresh)
         last = self.last
-        # One visitor reads for all; the others wait for it, unless the database is known to be away.
+        # One visitor reads for all. The others wait if the rows are too old, unless the database is known to be away.
         due = last.begun < since and monotonic() >= self.retry_at
-        if due and self.lock.acquire(blocking=now or not last.outdated):
+        if due and self.lock.acquire(blocking=now or (last.begun < since - self.fresh / 4 and not last.outdated)):
             try:
                 # Another may have read, or failed to, while this one waited for the lock.
                 if self.last is last or not (self.last.outdated or self.last.begun >= since):
@@ -133,10 +127,33 @@ class Reader:
         return self.last
 
 
-TALLY = "SELECT vote, votes FROM public.vote_totals"
+INSERT = "INSERT INTO public.votes (vote) SELECT unnest(%s::text[])"
 HISTORY = "SELECT hour, vote, votes FROM public.votes_by_hour WHERE hour > now() - interval '30 days'"
-tally_reader = Reader(TALLY, patience=0.7, fresh=0.7)
+tally_reader = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
 history_reader = Reader(HISTORY, patience=3, fresh=60)
+
+batch, joining, storing = ([], Future()), Lock(), Lock()  # votes to store, and what becomes of them
+
+
+def store(vote):
+    """Store a vote, in one statement with all that come while the one before runs; raise HTTPError as `execute`."""
+    global batch
+    with joining:
+        votes, stored = batch
+        votes.append(vote)
+        first = len(votes) == 1
+    if first:
+        in_turn = storing.acquire(timeout=0.1)  # seconds; if one takes longer, others go on without it
+        with joining:
+            batch = [], Future()
+        try:
+            stored.set_result(execute(vote_pool, 2, INSERT, [votes]))
+        except BaseException as error:  # noqa: BLE001 -- whatever it is, nobody may wait for ever
+            stored.set_exception(error)
+        if in_turn:
+            storing.release()
+    stored.result()
+
 
 # Request handlers
 
@@ -170,11 +187,10 @@ def history():
     _, rows, outdated = history_reader.latest()
     this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
     hours = {this_hour - timedelta(hours=number): Counter() for number in reversed(range(30 * 24))}
-    days = {}
+    days = {hour.date(): Counter() for hour in hours}
     for hour, vote, votes in rows:
         hours.get(hour, {})[vote] = votes
-    for hour, votes in hours.items():
-        days.setdefault(hour.date(), Counter()).update(votes)
+        days.get(hour.date(), Counter())[vote] += votes
     hours, days = [*hours.items()][-48:], [*days.items()][-30:]
     return conditional(answer(view("history", hours=hours, days=days, outdated=outdated)))
 
@@ -184,14 +200,9 @@ def add():
     """Store a vote. The 303 (RFC 9110, section 15.4.4) is a promise: that vote is committed."""
     refuse_cross_site()
     vote = read_vote()
-    try:
-        execute(vote_pool, 2, "INSERT INTO public.votes (vote) VALUES (%s)", [vote])
-    except (psycopg.errors.CheckViolation, psycopg.DataError, UnicodeError) as error:
-        raise HTTPError(400, "There is no such cat, so no vote was counted.") from error
-    except HTTPError as error:
-        outcome = "could not be confirmed" if error.unconfirmed else "was not counted"
-        error.body = f"The database does not answer: your vote {outcome}."
-        raise
+    if vote not in dict(tally_reader.latest().rows):
+        raise HTTPError(400, "There is no such cat, so no vote was counted.")
+    store(vote)
     return HTTPResponse(status=303, headers={"Location": f"/?voted={quote(vote)}", "Cache-Control": "no-store"})
 
 
@@ -206,24 +217,15 @@ def refuse_cross_site():
 def read_vote():
     """Return the field `vote` of the form sent; raise 413 if it is too long, 400 if it is not one vote."""
     environ = request.environ
-    refused = HTTPError(400, "The form did not arrive as one vote, so none was counted.")
-    body = b""
-    with suppress(Exception):  # each server has its own for a body that is malformed or broken off
-        body = environ["wsgi.input"].read(FORM_LIMIT + 1)
-    if len(body) > FORM_LIMIT:
-        raise HTTPError(413, "That is far too much for a vote, so none was counted.")
-    length = str(len(body))
-    kind, semicolon, options = environ.get("CONTENT_TYPE", "").partition(";")
-    kind = kind.strip().lower()  # the only spelling that Bottle knows
-    if kind not in FORM_TYPES or environ.get("CONTENT_LENGTH", length) != length:
-        raise refused
-    environ.pop("HTTP_TRANSFER_ENCODING", None)  # the server has decoded chunks; Bottle would try again
-    environ |= {"wsgi.input": BytesIO(body), "CONTENT_LENGTH": length, "CONTENT_TYPE": kind + semicolon + options}
     try:
-        (vote,) = request.forms.decode().getall("vote")
-    except (ValueError, LookupError, HTTPError) as error:
-        raise refused from error
-    return vote
+        body = environ["wsgi.input"].read(FORM_LIMIT + 1)
+        if len(body) <= FORM_LIMIT:
+            fields, _ = parse_form_data(environ | {"wsgi.input": BytesIO(body)}, strict=True)
+            (vote,) = fields.getall("vote")
+            return vote
+    except Exception as error:  # each server has its own for a body that is broken off
+        raise HTTPError(400, "The form did not arrive as one vote, so none was counted.") from error
+    raise HTTPError(413, "That is far too much for a vote, so none was counted.")
 
 
 @routes.get("/healthz")
@@ -237,8 +239,6 @@ def healthz():
 def static(path):
     """A file; for a year if its address names the present version, else to be asked for again."""
     file = static_file(path, root=FOLDER / "static", etag=False)
-    if file.status_code == 403:
-        raise HTTPError(404)
     if file.status_code < 400:
         del file.headers["Date"]  # gunicorn sends one
         file.set_header("Cache-Control", "max-age=31536000, immutable" if request.query.v == VERSION else "no-cache")
@@ -263,7 +263,9 @@ def error_page(error):
     response.set_header("Cache-Control", "no-store")
     if error.status_code == 405:
         response.set_header("Allow", response.get_header("Allow").replace("GET", "GET, HEAD"))
-    return view("error", status=error.status_code, message=error.body or "The database does not answer.")
+    outcome = "could not be confirmed" if getattr(error, "unconfirmed", False) else "was not counted"
+    away = "The database does not answer" + (f": your vote {outcome}." if request.method == "POST" else ".")
+    return view("error", status=error.status_code, message=error.body or away)
 
 
 routes.default_error_handler = error_page
@@ -273,7 +275,6 @@ HEADERS = {
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
     "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "same-origin",  # with no-referrer Chromium sends our own form as of origin null

@@ -31,6 +31,7 @@ from service import Service
 FOLDER = Path(__file__).parent / "bench"
 VENV = Path(sys.prefix) / "bench"
 CONNECTIONS = 16
+POOLED = 8  # connections of catvote's two workers to the database
 COLUMNS = ["catvote", "bare Bottle", "the Flask way", "the async way", "pgbench"]
 # measure: what its row of the table is called
 ROWS = {
@@ -173,7 +174,7 @@ class Contestant(Service):
 
     def pgbench(self, seconds):
         """Store votes with nothing between the load program and the database."""
-        command = [self.postgres.bindir / "pgbench", "--no-vacuum", "--protocol=prepared", f"--client={CONNECTIONS}"]
+        command = [self.postgres.bindir / "pgbench", "--no-vacuum", "--protocol=prepared", f"--client={POOLED}"]
         command += [f"--time={seconds}", f"--file={FOLDER}/vote.sql", "--define=vote=Pita"]
 
         def parse(output):

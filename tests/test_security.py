@@ -150,7 +150,6 @@ def test_every_answer_tells_browsers_to_be_careful(answer):
     assert set(policy.values()) == {"'self'"}
     for name, value in {
         "X-Content-Type-Options": "nosniff",
-        "X-Frame-Options": "DENY",
         "Referrer-Policy": "same-origin",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cross-Origin-Resource-Policy": "same-origin",

@@ -1,2 +1,2 @@
--- What pgbench runs: catvote's own statement.
+-- What pgbench runs: catvote's statement, for one vote.
 INSERT INTO public.votes (vote) VALUES (:vote);
