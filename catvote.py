@@ -108,10 +108,10 @@ class Reader:
         self.last, self.lock, self.retry_at = Reading(-fresh, None), Lock(), 0
 
     def latest(self, now=False):
-        """Return a Reading that is fresh or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
+        """Return a Reading `fresh` enough or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
         since = monotonic() - (0 if now else self.fresh)
         last = self.last
-        # One visitor reads for all. The others wait if the rows are too old, unless the database is known to be away.
+        # One visitor reads for all. The others wait `now` or if the rows are too old and not known to be outdated.
         due = last.begun < since and monotonic() >= self.retry_at
         if due and self.lock.acquire(blocking=now or (last.begun < since - self.fresh / 4 and not last.outdated)):
             try:
@@ -132,18 +132,18 @@ HISTORY = "SELECT hour, vote, votes FROM public.votes_by_hour WHERE hour > now()
 tally_reader = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
 history_reader = Reader(HISTORY, patience=3, fresh=60)
 
-batch, joining, storing = ([], Future()), Lock(), Lock()  # votes to store, and what becomes of them
+batch, joining, storing = ([], Future()), Lock(), Lock()  # batch: votes to store, what becomes of them
 
 
 def store(vote):
-    """Store a vote, in one statement with all that come while the one before runs; raise HTTPError as `execute`."""
+    """Store a vote, in one statement with those that come while another runs; raise HTTPError as `execute` does."""
     global batch
     with joining:
         votes, stored = batch
         votes.append(vote)
         first = len(votes) == 1
     if first:
-        in_turn = storing.acquire(timeout=0.1)  # seconds; if one takes longer, others go on without it
+        in_turn = storing.acquire(timeout=0.1)  # seconds; if one takes longer, use the pool's other connection
         with joining:
             batch = [], Future()
         try:

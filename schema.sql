@@ -21,8 +21,8 @@ CREATE TABLE IF NOT EXISTS public.votes (
 );
 
 COMMENT ON TABLE public.votes IS 'One row for each click on a cat.';
-COMMENT ON COLUMN public.votes.row_id IS 'Grows with time, with gaps where a vote was refused.';
-COMMENT ON COLUMN public.votes.date_created IS 'When the vote was cast; set by itself.';
+COMMENT ON COLUMN public.votes.row_id IS 'Grows with time, with gaps where votes were not stored.';
+COMMENT ON COLUMN public.votes.date_created IS 'When the vote was stored; set by itself, once for a statement.';
 COMMENT ON COLUMN public.votes.vote IS 'The cat; constraint votes_vote_is_a_cat knows them all.';
 
 -- Replacing a view waits for its readers, who may be slow: done before votes are locked.
@@ -53,7 +53,7 @@ CREATE INDEX IF NOT EXISTS votes_date_created_brin
 ON public.votes USING brin (date_created, date_bin('1 hour', date_created, 'epoch')) WITH (autosummarize = on);
 
 -- The tally is exact whatever SQL changes votes, at one price for ten votes or a billion. A
--- single counter for a cat would make each vote wait for the commit of the one before: so a
+-- single counter for a cat would make each INSERT wait for the commit of the one before: so a
 -- server process adds to a slot of its own. Free space in the page keeps updates off the index.
 CREATE TABLE IF NOT EXISTS public.tally (
     vote  text   NOT NULL,
@@ -64,7 +64,7 @@ CREATE TABLE IF NOT EXISTS public.tally (
 
 COMMENT ON TABLE public.tally IS 'Counters kept by triggers on votes; to be read through vote_totals.';
 COMMENT ON COLUMN public.tally.vote IS 'The cat.';
-COMMENT ON COLUMN public.tally.slot IS 'Server process modulo 32, so that votes seldom wait for each other.';
+COMMENT ON COLUMN public.tally.slot IS 'Server process modulo 32, so that statements seldom wait for each other.';
 COMMENT ON COLUMN public.tally.votes IS 'Part of a sum; may be negative where another slot''s votes were deleted.';
 
 -- SECURITY DEFINER lets a role vote that may only INSERT into votes. Deltas are applied in

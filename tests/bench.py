@@ -302,7 +302,7 @@ def report(turns, contestants, votes):
 
     if "page" in turns:
         more = ratio("page", "catvote", "one worker", lambda turn: turn.rate)
-        print(f"- Two workers answer {more:.2f} times as many `GET /` as one; the load program wants a core, too.")
+        print(f"- Two workers answer {more:.2f} times as many `GET /` as one.")
     _, *workers = processes(contestants["catvote"].process)[0]
     memory = [re.search(r"Pss:\s+(\d+)", Path(f"/proc/{worker}/smaps_rollup").read_text())[1] for worker in workers]
     print(f"- A worker takes {median(map(int, memory)) / 1024:.0f} MiB of memory (PSS).")

@@ -145,7 +145,7 @@ FOREIGN = {
     "SELECT create_distributed_table('votes', 'row_id')",
     "\\d+ votes",
     "\\dv+",
-    "cast_vote(text)",
+    "cast_votes(text[])",
     "heroku apps:destroy",
     "heroku logs --tail",
     'psql "$DATABASE_URL"',

@@ -1,2 +1,2 @@
--- What pgbench runs: catvote's statement, for one vote.
+-- What pgbench runs: one vote, stored as plainly as can be.
 INSERT INTO public.votes (vote) VALUES (:vote);
