@@ -6,7 +6,7 @@ gunicorn calls `app` for each request; Bottle finds the handler; that asks the d
 import json
 import logging
 import os
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from datetime import datetime, timedelta, timezone
@@ -30,7 +30,6 @@ DATABASE_URL = os.environ.get("DATABASE_URL", "")
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
 FOLDER = Path(__file__).parent
 VERSION = sha256(b"".join(file.read_bytes() for file in sorted(FOLDER.glob("static/*")))).hexdigest()[:8]
-
 view = partial(template, template_lookup=[str(FOLDER / "views")], static_url=f"/static/{{}}?v={VERSION}".format)
 routes = Bottle()
 
@@ -132,20 +131,23 @@ HISTORY = "SELECT hour, vote, votes FROM public.votes_by_hour WHERE hour > now()
 tally_reader = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
 history_reader = Reader(HISTORY, patience=3, fresh=60)
 
-batch, joining, storing = ([], Future()), Lock(), Lock()  # batch: votes to store, what becomes of them
+# For each cat the votes to store next, and what becomes of them: a cat that is gone spoils no other's.
+batches, joining, storing = defaultdict(lambda: ([], Future())), Lock(), Lock()
 
 
 def store(vote):
     """Store a vote, in one statement with those that come while another runs; raise HTTPError as `execute` does."""
-    global batch
     with joining:
-        votes, stored = batch
+        votes, stored = batches[vote]
         votes.append(vote)
         first = len(votes) == 1
+        if len(votes) == 8:  # if their statement hangs, not all threads hang with it
+            del batches[vote]
     if first:
         in_turn = storing.acquire(timeout=0.1)  # seconds; if one takes longer, use the pool's other connection
         with joining:
-            batch = [], Future()
+            if batches[vote][0] is votes:
+                del batches[vote]
         try:
             stored.set_result(execute(vote_pool, 2, INSERT, [votes]))
         except BaseException as error:  # noqa: BLE001 -- whatever it is, nobody may wait for ever
@@ -216,12 +218,10 @@ def refuse_cross_site():
 
 def read_vote():
     """Return the field `vote` of the form sent; raise 413 if it is too long, 400 if it is not one vote."""
-    environ = request.environ
     try:
-        body = environ["wsgi.input"].read(FORM_LIMIT + 1)
+        body = request.environ["wsgi.input"].read(FORM_LIMIT + 1)
         if len(body) <= FORM_LIMIT:
-            fields, _ = parse_form_data(environ | {"wsgi.input": BytesIO(body)}, strict=True)
-            (vote,) = fields.getall("vote")
+            (vote,) = parse_form_data(request.environ | {"wsgi.input": BytesIO(body)}, strict=True)[0].getall("vote")
             return vote
     except Exception as error:  # each server has its own for a body that is broken off
         raise HTTPError(400, "The form did not arrive as one vote, so none was counted.") from error

@@ -287,6 +287,19 @@ def test_a_vote_whose_server_process_died_could_not_be_confirmed(server, databas
     assert died.unconfirmed
 
 
+def test_a_frozen_server_process_holds_nobody_up(database, verify):
+    with Service(database) as service, Load(service, voters=1, watchers=0) as load:
+        wait_until(lambda: load.acknowledged)
+        with psycopg.connect(database) as connection:
+            connection.execute("LOCK TABLE votes")
+            (pid,) = wait_until(lambda: backends(database, "wait_event_type = 'Lock'"))
+            with frozen(pid):
+                wait_until(lambda: load.votes[-1].unconfirmed)
+        wait_until(lambda: load.votes[-1].status == 303)
+    figures = verify(load, service)
+    assert float(figures["slowest vote"].split()[0]) < 4
+
+
 def test_votes_that_are_stored_together_share_their_fate(database, verify):
     with Service(database, WEB_CONCURRENCY="1") as service, Load(service, voters=16, watchers=0) as load:
         wait_until(lambda: load.acknowledged)

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from itertools import product
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
+from statistics import median
+from threading import Lock, Thread
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
@@ -94,6 +96,7 @@ def test_without_a_database_the_answer_is_503(service_without_database, target):
     assert answer.status == 503
     assert answer.headers["Cache-Control"] == "no-store"
     assert int(answer.headers["Retry-After"]) > 0
+    assert "does not answer: your vote" not in answer.text
 
 
 def test_without_a_database_a_voter_is_told_that_the_vote_was_not_counted(service_without_database):
@@ -233,6 +236,7 @@ GOOD_VOTES = {
     "URLENCODED": (["Content-Type: APPLICATION/X-WWW-FORM-URLENCODED"], b"vote=Pita"),
     "percent-encoded": ([FORM], b"%76%6f%74%65=%50%69%74%61"),
     "among other fields": ([FORM], "a=ä&&b&vote=Pita&c=%C3%A4".encode()),
+    "as long as it may be": ([FORM], b"vote=Pita&a=".ljust(4096, b"a")),
     "beside a field that is not UTF-8": ([FORM], b"vote=Pita&a=%FF"),
     "Content-Length with a zero": ([FORM, "Content-Length: 09"], b"vote=Pita"),
     "multipart": ([MULTIPART], multipart()),
@@ -254,17 +258,37 @@ def test_a_vote_is_stored_once_and_answered_with_303_to_the_page(shared_service,
     assert stored() == ["Pita"]
 
 
-def test_votes_that_come_while_the_database_is_busy_are_stored_together(service, database):
+def test_votes_that_come_while_the_database_is_busy_are_stored_by_the_eight(service, database):
     with ThreadPoolExecutor(40) as pool, psycopg.connect(database) as connection:
         connection.execute("LOCK TABLE votes")
         answers = [pool.submit(vote, service) for _ in range(40)]
         time.sleep(0.7)
         connection.rollback()
         assert {answer.result().status for answer in answers} == {303}
-        transactions = "SELECT count(*), count(DISTINCT xmin::text) FROM votes"
-        votes, statements = connection.execute(transactions).fetchone()
-    assert votes == 40
-    assert statements < 15
+        transactions = connection.execute("SELECT count(*) FROM votes GROUP BY xmin::text").fetchall()
+    sizes = [votes for (votes,) in transactions]
+    assert sum(sizes) == 40
+    assert max(sizes) == 8
+
+
+def test_a_vote_does_not_wait_for_the_one_before(database):
+    with Service(database, WEB_CONCURRENCY="1") as service:
+        seconds = []
+        for _ in range(20):
+            start = time.monotonic()
+            assert vote(service).status == 303
+            seconds.append(time.monotonic() - start)
+    assert median(seconds) < 0.1
+
+
+def test_a_cat_that_is_gone_spoils_no_other_vote(database):
+    with Service(database, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor(24) as pool:
+        get(service, "/")
+        with psycopg.connect(database) as connection:
+            connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat, ADD CHECK (vote = 'Gummi')")
+            answers = [pool.submit(vote, service, body=f"vote={cat}".encode()) for cat in ["Gummi", "Pita"] * 12]
+            time.sleep(0.5)
+        assert [answer.result().status == 303 for answer in answers] == [True, False] * 12
 
 
 @pytest.mark.parametrize("cat", ["Gummi", "Pita"])
@@ -336,6 +360,7 @@ BAD_VOTES = {
     "multipart, empty boundary": (["Content-Type: multipart/form-data; boundary="], multipart()),
     "multipart, wrong boundary": (["Content-Type: multipart/form-data; boundary=fondant"], multipart()),
     "multipart, not closed": ([MULTIPART], part()),
+    "multipart, broken off in the next part": ([MULTIPART], part() + part()[:-6]),
     "multipart, closed half": ([MULTIPART], part() + b"--icing-"),
     "multipart, no part": ([MULTIPART], b"--icing--\r\n"),
     "multipart, unknown charset": ([MULTIPART + "; charset=nope"], multipart()),
@@ -457,15 +482,41 @@ def test_more_visitors_do_not_read_the_database_more_often(server, database):
     assert pages > 10 * reads
 
 
-def test_while_one_visitor_reads_anew_the_others_get_what_there_is(application):
+@pytest.mark.parametrize(("age", "others_wait"), [(1.7, False), (2.2, True)])
+def test_while_one_visitor_reads_anew_the_others_get_what_there_is_if_not_too_old(application, age, others_wait):
     reader = sys.modules["catvote"].Reader("SELECT now(), pg_sleep(0.4)", patience=2, fresh=1.6)
-    first = reader.latest()
-    time.sleep(1.3)  # now it is 1.7 s old
+    old = reader.latest()
+    time.sleep(age - 0.4)
     with ThreadPoolExecutor() as pool:
         anew = pool.submit(reader.latest)
         time.sleep(0.05)
-        assert reader.latest() is first
-        assert anew.result() is not first
+        assert (reader.latest() is not old) == others_wait
+        assert anew.result() is not old
+
+
+def test_a_connection_that_gave_up_is_not_used_again(application):
+    catvote = sys.modules["catvote"]
+    catvote.page_pool.wait()  # else there may be a second one soon
+    process = "SELECT pg_backend_pid()"
+    before = catvote.execute(catvote.page_pool, 2, process)
+    with pytest.raises(catvote.HTTPError):
+        catvote.execute(catvote.page_pool, 0.2, "SELECT pg_sleep(9)")
+    assert catvote.execute(catvote.page_pool, 2, process) != before
+
+
+def test_whatever_goes_wrong_every_voter_hears_of_it(application, monkeypatch):
+    catvote, told = sys.modules["catvote"], SimpleQueue()
+    monkeypatch.setattr(catvote, "execute", lambda *_: time.sleep(0.3) or 1 / 0)
+
+    def voter():
+        with pytest.raises(ZeroDivisionError):
+            catvote.store("Pita")
+        told.put(True)
+
+    for _ in range(5):
+        Thread(target=voter, daemon=True).start()
+    for _ in range(5):
+        told.get(timeout=5)
 
 
 # Settings
