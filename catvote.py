@@ -269,7 +269,6 @@ def error_page(error):
 
 
 routes.default_error_handler = error_page
-
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -280,6 +279,7 @@ HEADERS = {
     "Referrer-Policy": "same-origin",  # with no-referrer Chromium sends our own form as of origin null
 }
 HTTPS_HEADERS = HEADERS | {"Strict-Transport-Security": "max-age=31536000"}
+headers_of = lru_cache(maxsize=64)(HTTPResponse.headerlist.fget)  # Bottle makes the list anew each time
 
 
 def app(environ, start_response):
@@ -292,7 +292,7 @@ def app(environ, start_response):
     if plain and "HTTP_IF_NONE_MATCH" not in environ and monotonic() - reading.begun < tally_reader.fresh:
         with suppress(Exception):  # Bottle will meet it again and answer
             kept = page(reading, "", origin)
-            start_response("200 OK", kept.headerlist + extra)
+            start_response("200 OK", headers_of(kept) + extra)
             return [kept.body]
     # Bottle drops bytes that are not UTF-8, which would make / of /%FF; no path of ours has any.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()

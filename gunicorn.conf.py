@@ -86,6 +86,8 @@ def post_worker_init(worker):
     # Visitors are let in with the first connection or, without a database, after a second.
     with suppress(bottle.HTTPError):
         catvote.execute(catvote.page_pool, 2, "SELECT 1")
+    # gunicorn takes two calls to look a setting up, some twenty times a request: so they become plain attributes.
+    vars(worker.cfg).update({name: setting.get() for name, setting in worker.cfg.settings.items()})
     if DEVELOPMENT:
         bottle.debug()
         del catvote.routes.default_error_handler
