@@ -74,7 +74,7 @@ def check(connection):
 # 8 connections, where small hosted plans allow 20. gunicorn.conf.py opens and closes the pools.
 SESSION = {"autocommit": True, "connect_timeout": 2, "application_name": "catvote"}
 pool_of = partial(ConnectionPool, DATABASE_URL, connection_class=Connection, kwargs=SESSION, configure=configure)
-vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=n, reconnect_timeout=2, open=False) for n in (2, 2))
+vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=2, reconnect_timeout=2, open=False) for _ in range(2))
 
 
 def execute(pool, patience, statement, parameters=()):

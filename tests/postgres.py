@@ -253,8 +253,9 @@ def target(exclusive=False):
     if url:
         try:
             options = psycopg.conninfo.conninfo_to_dict(url)
-            # The @ or / of a password that should be percent-encoded ends up here.
-            valid = "@" not in options.get("host", "") and re.fullmatch(r"[\d,]*", str(options.get("port", "")))
+            # By the rule of gunicorn.conf.py: a part of a password must not be taken for something to print.
+            valid = "@" not in options.get("host", "") + options.get("dbname", "")
+            valid = valid and re.fullmatch("[0-9,]*", str(options.get("port", "")))
         except psycopg.Error:  # whose text quotes the URL, password and all
             valid = False
         if not valid:

@@ -345,7 +345,13 @@ def test_a_wrong_database_url_ends_the_start_with_one_line(settings):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgres://user:secret@[::1/db", "postgres://user:p@secret@host/db", "postgres://user:secret/1@host/db"]
+    "url",
+    [
+        "postgres://user:secret@[::1/db",
+        "postgres://user:p@secret@host/db",
+        "postgres://user:secret/1@host/db",
+        "postgres://user:1/secret@host/db",
+    ],
 )
 def test_the_makefile_names_a_wrong_database_url_without_its_value(url, project):
     ended = make(project, "initdb", DATABASE_URL=url)
