@@ -2,18 +2,20 @@
 
 PYTHON ?= python3
 BIN = .venv/bin
+# For `import catvote` and `import local`, whatever the shell says.
+export PYTHONPATH = $(CURDIR):$(CURDIR)/tests
 
 # The environment wins over .env, whose values python-dotenv keeps whole: make would expand their $.
 DOTENV = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
 
-# tests/postgres.py tells psql where the database is. Another command, as in
+# tests/local/postgres.py tells psql where the database is. Another command, as in
 # make initdb PSQL='heroku pg:psql', knows that itself and is fed the same SQL.
 ifneq ($(filter command environment,$(origin PSQL)),)
 WITH_PSQL = sh -c
 DATABASE = the database of $(PSQL)
 else
 PSQL = psql -Xq
-WITH_PSQL = $(DOTENV) $(BIN)/python tests/postgres.py sh -c
+WITH_PSQL = $(DOTENV) $(BIN)/python -m local.postgres sh -c
 DATABASE = database $${PGDATABASE:-of that user} on $${PGHOST:-this machine}
 NEEDED = install
 endif
@@ -41,7 +43,7 @@ help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/installed ## Install the packages, into .venv/
-.venv/installed: requirements.txt tests/requirements.txt
+.venv/installed: requirements.txt tests/local/requirements.txt tests/requirements.txt
 	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
 	{ echo '$(PYTHON) must be Python 3.10 or later with venv: apt-get install python3-venv' >&2; exit 1; }
 	$(PYTHON) -m venv .venv
@@ -52,7 +54,7 @@ run: ## Serve on http://127.0.0.1:8000, with a local PostgreSQL unless DATABASE_
 dev: ## The same, with reload on save and Bottle's debug pages
 dev: export DEVELOPMENT = 1
 run dev: install
-	@exec $(DOTENV) $(BIN)/python tests/service.py
+	@exec $(DOTENV) $(BIN)/python -m local.service
 
 test: install ## Run all tests
 	@exec $(BIN)/python -m pytest -n 2 --dist loadfile tests

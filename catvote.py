@@ -6,6 +6,7 @@ gunicorn calls `app` for each request; Bottle finds the handler; that asks the d
 import json
 import logging
 import os
+import re
 from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import Future
 from contextlib import closing, suppress
@@ -22,6 +23,7 @@ from urllib.parse import quote
 import psycopg
 from bottle import Bottle, HTTPError, HTTPResponse, request, response, static_file, template
 from multipart import parse_form_data
+from psycopg.conninfo import conninfo_to_dict
 from psycopg_pool import ConnectionPool
 
 # Configuration
@@ -33,7 +35,41 @@ VERSION = sha256(b"".join(file.read_bytes() for file in sorted(FOLDER.glob("stat
 view = partial(template, template_lookup=[str(FOLDER / "views")], static_url=f"/static/{{}}?v={VERSION}".format)
 routes = Bottle()
 
+
+def database_url():
+    """Return DATABASE_URL, which says where the database is, in any form that libpq understands.
+
+    https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING
+
+    Raises ValueError if it is missing or malformed; the error's text shows nothing of it.
+    """
+    url = os.environ.get("DATABASE_URL", "").strip()
+    if not url:
+        raise ValueError("DATABASE_URL is not set; see .env.example")
+    try:
+        parts = conninfo_to_dict(url)
+    except psycopg.ProgrammingError:
+        parts = None  # the error's text quotes the URL, password and all
+    # An @ or / in a password has to be percent-encoded: else a part of it is taken for a host or port, and logged.
+    if (
+        parts is None
+        or "@" in parts.get("host", "") + parts.get("dbname", "")
+        or re.search("[^0-9,]", str(parts.get("port", "")))
+    ):
+        raise ValueError("DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example")
+    return url
+
+
 # Database
+
+
+def initdb():
+    """Apply schema.sql to the database of DATABASE_URL: safe again and again, and while people vote.
+
+    Raises ValueError as `database_url`, psycopg.Error if the database refuses.
+    """
+    with psycopg.connect(database_url(), autocommit=True) as connection:
+        connection.execute((FOLDER / "schema.sql").read_text())
 
 
 class Connection(psycopg.Connection):

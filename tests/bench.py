@@ -25,8 +25,8 @@ from typing import NamedTuple
 from urllib.request import urlopen
 
 import psycopg
-from postgres import LocalPostgres, apply_schema, as_command
-from service import Service
+from local.postgres import LocalPostgres, apply_schema, as_command
+from local.service import Service
 
 FOLDER = Path(__file__).parent / "bench"
 VENV = Path(sys.prefix) / "bench"

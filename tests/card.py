@@ -2,8 +2,8 @@
 
 from shutil import which
 
+from local.postgres import ROOT
 from playwright.sync_api import sync_playwright
-from postgres import ROOT
 
 static = ROOT / "static"
 PAGE = f"""

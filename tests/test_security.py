@@ -15,8 +15,8 @@ import pytest
 from client import FORM, HOST, ask, chunked, get, listen, read, talk, vote, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from postgres import ROOT
-from service import Service
+from local.postgres import ROOT
+from local.service import Service
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from urllib.request import urlopen
 
 import psycopg
 import pytest
-from postgres import ROOT
-from service import Service, free_port, procfile
+from local.postgres import ROOT
+from local.service import Service, free_port, procfile
 
 VERBS = ["help", "install", "run", "dev", "test", "initdb", "dropdb", "report", "bench", "diagrams", "card", "clean"]
 # Characters that mean something to sh, make, a URL or libpq.

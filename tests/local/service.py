@@ -12,7 +12,7 @@ from pathlib import Path
 from shlex import quote
 from shutil import which
 
-from postgres import ROOT, as_command, end_with_us, target, wait_for
+from local.postgres import ROOT, as_command, end_with_us, target, wait_for
 
 
 def procfile(process_type):

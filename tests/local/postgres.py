@@ -1,6 +1,6 @@
 """A PostgreSQL server of our own: a class for the tests, and a command for the Makefile.
 
-    python tests/postgres.py COMMAND [ARGUMENT ...]
+    python -m local.postgres COMMAND [ARGUMENT ...]
 
 runs COMMAND with the database of DATABASE_URL or, if that is not set, with a local one whose
 server runs as long as COMMAND does. DATABASE_URL tells COMMAND which one it is; so do libpq's
@@ -29,7 +29,7 @@ from typing import NamedTuple
 import psycopg
 from testing.postgresql import Postgresql
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OLDEST_MAJOR = 14
 
 
