@@ -16,7 +16,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
 from datetime import datetime, timezone
-from email.utils import formatdate
 from enum import Enum
 from functools import partial
 from hashlib import sha256
@@ -73,7 +72,7 @@ CANCEL_PATIENCE = 1  # to ask the server to cancel a statement, and as long agai
 TALLY_REFRESHED_AFTER, TALLY_FRESH = 0.5, 0.8
 HISTORY_REFRESHED_AFTER, HISTORY_FRESH = 20, 50
 PAGE_WAIT = 0.5  # after which nobody waits for a reading any more, if there is an older one to show
-VOTER_WAIT = 2  # of a visitor who has just voted, for a reading that has the vote
+VOTER_WAIT = 1.5  # of a visitor who has just voted, for a reading that has the vote
 FIRST_WAIT = 5  # of a visitor while nothing is known yet: longer than any reading takes
 RETRY_PAUSE = 0.2  # an error that comes at once must not be asked for, and logged, at each visit
 RETRY_AFTER = 5  # for visitors whom we ask to come again
@@ -82,7 +81,7 @@ RETRY_AFTER = 5  # for visitors whom we ask to come again
 CONNECTIONS_FOR_VOTES = 2
 CONNECTIONS_FOR_PAGES = 2
 UNUSED_TOO_LONG = 10  # networks forget silent connections without a word, some after a minute
-KEEPALIVE = 30
+KEEPALIVE_PAUSE = 20
 
 VOTES_A_STATEMENT = 8  # if it hangs, not all threads hang with it
 TURN_PATIENCE = 0.1  # after which a statement need not wait for the one before
@@ -198,7 +197,8 @@ class Pool(ConnectionPool):
                 "prepare_threshold": None,  # behind a pooler each statement may reach another server process
                 "client_encoding": "UTF8",  # whatever the database, a role or the environment say
                 "connect_timeout": 2,
-                "keepalives_idle": KEEPALIVE,
+                "keepalives_idle": KEEPALIVE_PAUSE,
+                "keepalives_interval": KEEPALIVE_PAUSE,
                 "application_name": "catvote",
             },
             check=self.refuse_if_hung_up,
@@ -491,16 +491,17 @@ vote_store = VoteStore()
 # Answers that are the same for everybody: made once for each reading, and given out until the next.
 
 
+ASK_AGAIN = "no-cache"  # a browser may keep it, but has to ask whether it is still the same
+KEPT_FOR_A_YEAR = "max-age=31536000, immutable"
+
+
 class Answer:
-    """A finished answer with an entity tag, which a visitor shows next time.
+    """A finished answer with an entity tag, which a visitor shows next time."""
 
-    headers -- more than Content-Type and Content-Length
-    """
-
-    def __init__(self, body: bytes, content_type: str, headers: dict[str, str]):
+    def __init__(self, body: bytes, content_type: str, cache_control: str):
         self.body = body
         self.tag = f'"{sha256(body).hexdigest()[:16]}"'
-        self.kept_headers = [("ETag", self.tag), *headers.items()]
+        self.kept_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
         self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.kept_headers]
 
     def to(self, environ: dict) -> tuple[str, list, list[bytes]]:
@@ -559,7 +560,7 @@ SHARED_VALUES = {
 
 def html(text: str) -> Answer:
     """Return the Answer with a page, which a browser may keep but has to ask for again."""
-    return Answer(text.encode(), "text/html; charset=utf-8", {"Cache-Control": "no-cache"})
+    return Answer(text.encode(), "text/html; charset=utf-8", ASK_AGAIN)
 
 
 def make_index(reading: Reading, voted: str | None = None) -> Answer:
@@ -572,7 +573,7 @@ def make_index(reading: Reading, voted: str | None = None) -> Answer:
 
 def make_tally_json(reading: Reading) -> Answer:
     """Return the tally for scripts."""
-    return Answer(json.dumps(dict(reading.rows)).encode(), "application/json", {"Cache-Control": "no-cache"})
+    return Answer(json.dumps(dict(reading.rows)).encode(), "application/json", ASK_AGAIN)
 
 
 def make_history(reading: Reading) -> Answer:
@@ -593,16 +594,10 @@ shared_pages = {"/": index_page, "/tally.json": tally_page, "/history": history_
 
 def make_file(file: Path) -> Answer:
     """Return the Answer with a static file, by an address that names the present version."""
-    content_type = mimetypes.guess_type(file.name)[0] or "application/octet-stream"
-    headers = {
-        "Cache-Control": KEPT_FOR_A_YEAR,
-        "Last-Modified": formatdate(file.stat().st_mtime, usegmt=True),
-        "Accept-Ranges": "bytes",
-    }
-    return Answer(file.read_bytes(), content_type, headers)
+    content_type, _ = mimetypes.guess_type(file.name)
+    return Answer(file.read_bytes(), content_type or "application/octet-stream", KEPT_FOR_A_YEAR)
 
 
-KEPT_FOR_A_YEAR = "max-age=31536000, immutable"
 files = {f"/{file.relative_to(FOLDER).as_posix()}": make_file(file) for file in STATIC_FILES}
 
 # Request handlers
@@ -714,7 +709,7 @@ def static(path):
         file = static_file(path, root=STATIC, etag=known.tag if known else False)
     if file.status_code < 400:
         file.headers.pop("Date", None)  # the server sends one
-        file.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == PRESENT_VERSION else "no-cache")
+        file.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == PRESENT_VERSION else ASK_AGAIN)
     return file
 
 
