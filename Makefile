@@ -1,23 +1,24 @@
 # What a person does with catvote. Settings come from the environment and .env: see .env.example.
 
-PYTHON ?= python3
-BIN = .venv/bin
-# For `import catvote` and `import local`, whatever the shell says.
+# The first of these that is Python 3.10 or later with venv makes .venv/. Under pyenv the plain name
+# fails when the version of .python-version is not installed.
+PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 /usr/bin/python3 /usr/local/bin/python3
+# What the shell tells other Pythons does not reach ours; PYTHONPATH is for `import catvote` and `import local`.
+unexport $(filter PYTHON%,$(.VARIABLES))
 export PYTHONPATH = $(CURDIR):$(CURDIR)/tests
 
-# The environment wins over .env, whose values python-dotenv keeps whole: make would expand their $.
-DOTENV = $(if $(wildcard .env),$(BIN)/dotenv run --no-override --)
-
 # tests/local/postgres.py tells psql where the database is. Another command, as in
-# make initdb PSQL='heroku pg:psql', knows that itself and is fed the same SQL.
+# make initdb PSQL='heroku pg:psql', knows that itself, is fed the same SQL, and needs no packages.
 ifneq ($(filter command environment,$(origin PSQL)),)
-WITH_PSQL = sh -c
+WITH_DATABASE = sh -c
 DATABASE = the database of $(PSQL)
+INITDB = { echo '\set ON_ERROR_STOP on'; cat schema.sql; } | $(PSQL)
 else
 PSQL = psql -Xq
-WITH_PSQL = $(DOTENV) $(BIN)/python -m local.postgres sh -c
+WITH_DATABASE = .venv/bin/python -m local.postgres sh -c
 DATABASE = database $${PGDATABASE:-of that user} on $${PGHOST:-this machine}
-NEEDED = install
+INITDB = exec .venv/bin/python -m local.initdb
+NEEDED = packages
 endif
 
 define REPORT
@@ -37,46 +38,54 @@ COMMIT;
 endef
 export REPORT DROP
 
-.PHONY: help install run dev test initdb dropdb report bench diagrams card clean
+.PHONY: help install packages test-packages run dev check test initdb dropdb report bench diagrams card clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
 
-install: .venv/installed ## Install the packages, into .venv/
-.venv/installed: requirements.txt tests/local/requirements.txt tests/requirements.txt
-	@$(PYTHON) -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	{ echo '$(PYTHON) must be Python 3.10 or later with venv: apt-get install python3-venv' >&2; exit 1; }
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
-	@touch $@
+install: test-packages ## Install all packages into .venv/; the other verbs install what they need
+packages: REQUIREMENTS = tests/local/requirements.txt
+test-packages: REQUIREMENTS = tests/local/requirements.txt tests/requirements.txt
+packages test-packages:
+	@for python in $(PYTHON); do \
+	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
+	    then exec $$python -m local.install $(REQUIREMENTS); fi; \
+	done; \
+	$(firstword $(PYTHON)) -c 'import ensurepip, sys; print(sys.version)' 2>&1 | tail -n 1 >&2; \
+	echo 'Python 3.10 or later with venv is needed (apt-get install python3-venv); or make PYTHON=/path/to/python3' >&2; \
+	exit 1
 
 run: ## Serve on http://127.0.0.1:8000, with a local PostgreSQL unless DATABASE_URL is set
 dev: ## The same, with reload on save and Bottle's debug pages
 dev: export DEVELOPMENT = 1
-run dev: install
-	@exec $(DOTENV) $(BIN)/python -m local.service
+run dev: packages
+	@exec .venv/bin/python -m local.service
 
-test: install ## Run all tests
-	@exec $(BIN)/python -m pytest -n 2 --dist loadfile tests
+check: test-packages ## Find out in half a minute whether a change is sound: code style, schema, HTTP
+	@.venv/bin/ruff check && .venv/bin/ruff format --check
+	@exec .venv/bin/python -m pytest -n 2 --dist worksteal tests/test_schema.py tests/test_http.py
+
+test: test-packages ## Run all tests
+	@exec .venv/bin/python -m pytest -n 2 --dist loadfile tests
 
 initdb: $(NEEDED) ## Apply schema.sql to the database, again and again if you like
-	@exec $(WITH_PSQL) "{ echo '\set ON_ERROR_STOP on'; cat schema.sql; } | $(PSQL)"
+	@$(INITDB)
 
 dropdb: $(NEEDED) ## Drop what schema.sql made, votes and all; asks first
-	@exec $(WITH_PSQL) 'printf "All votes in %s will be lost. Type yes to go on: " "$(DATABASE)"; \
+	@exec $(WITH_DATABASE) 'printf "All votes in %s will be lost. Type yes to go on: " "$(DATABASE)"; \
 	read answer; [ "$$answer" = yes ] || { echo "Nothing was dropped."; exit 1; }; echo "$$DROP" | $(PSQL)'
 
 report: $(NEEDED) ## Show the votes, in total and by day
-	@exec $(WITH_PSQL) 'echo "$$REPORT" | $(PSQL)'
+	@exec $(WITH_DATABASE) 'echo "$$REPORT" | $(PSQL)'
 
-bench: install ## Measure how much the service bears
-	@exec $(BIN)/python tests/bench.py
+bench: test-packages ## Measure how much the service bears
+	@exec .venv/bin/python tests/bench.py
 
 diagrams: ## Draw static/structure.svg from its source, by Graphviz
 	dot -Tsvg -o static/structure.svg static/structure.dot
 
-card: install ## Draw static/card.png, for links in chats, from the two cats
-	@exec $(BIN)/python tests/card.py
+card: test-packages ## Draw static/card.png, for links in chats, from the two cats
+	@exec .venv/bin/python tests/card.py
 
 clean: ## Remove the packages and all caches; the votes, in .postgres/, stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ tests/*/__pycache__

@@ -13,7 +13,8 @@ import pytest
 from conftest import missing, new_database
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from local.postgres import ROOT, LocalPostgres, apply_schema, programs_of
+from local.postgres import ROOT, LocalPostgres, apply_schema
+from local.programs import programs_of
 from psycopg import errors
 from psycopg.conninfo import make_conninfo
 

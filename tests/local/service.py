@@ -12,15 +12,16 @@ from pathlib import Path
 from shlex import quote
 from shutil import which
 
-from local.postgres import ROOT, as_command, end_with_us, target, wait_for
+import psycopg
+from local.postgres import ROOT, apply_schema, as_command, end_with_us, read_dotenv, target, wait_for
 
 
-def procfile(process_type):
+def procfile(process_type: str) -> str:
     """Return the Procfile's command for a process type."""
     return re.search(rf"^{process_type}:\s*(.+)$", (ROOT / "Procfile").read_text(), re.MULTILINE)[1]
 
 
-def free_port():
+def free_port() -> int:
     """Return a port of the loopback interface on which nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
@@ -39,7 +40,7 @@ class Service:
 
     command, folder = procfile("web"), ROOT
 
-    def __init__(self, database_url, to_terminal=False, **environment):
+    def __init__(self, database_url: str, to_terminal: bool = False, **environment: str):
         self.port = int(environment.get("PORT") or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
@@ -70,7 +71,7 @@ class Service:
             raise
         return self
 
-    def wait_until_it_listens(self):
+    def wait_until_it_listens(self) -> None:
         """Return when connections are accepted; raise RuntimeError if the process ends before."""
         while self.process.poll() is None:
             try:
@@ -81,14 +82,14 @@ class Service:
         raise RuntimeError(f"The service did not start. {self.log}")
 
     @property
-    def log(self):
+    def log(self) -> str:
         """What it has written so far."""
         return Path(self.output.name).read_text() if self.output else ""
 
     def __exit__(self, *_):
         self.stop()
 
-    def stop(self):
+    def stop(self) -> int:
         """Ask the master to end, wait for it, and return its status. Raises AssertionError if anything stays behind."""
         self.process.terminate()
         status = self.process.wait(timeout=40)
@@ -102,23 +103,47 @@ class Service:
         raise AssertionError(f"Processes of the service were left behind: {self.log}")
 
 
-def main():
+def main() -> None:
     """Run the service for a person, until Ctrl-C or SIGTERM."""
-    port = os.environ.get("PORT") or "8000"
-    with as_command(), target(exclusive=True) as database:
-        try:
-            socket.create_server(("127.0.0.1", int(port))).close()
-        except (OSError, OverflowError, ValueError):
-            raise RuntimeError(f"Port {port} is in use or no port; choose another: make run PORT=8001") from None
-        if database.folder:
-            psql = "psql" if which("psql") else quote(str(database.bindir / "psql"))
-            print(f"In another terminal: {psql} {database.url}")
-        else:
-            print("The database is that of DATABASE_URL; if it is new: make initdb")
-        with Service(database.url, to_terminal=True, **{**os.environ, "PORT": port}) as service:
-            print(f"Open {service.url} in a browser; Ctrl-C ends the service.", flush=True)
-            status = wait_for(service.process, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with as_command():
+        read_dotenv()
+        port = check_settings()
+        with target(exclusive=True) as database:
+            if database.folder:
+                psql = "psql" if which("psql") else quote(str(database.bindir / "psql"))
+                print(f"In another terminal: {psql} {database.url}")
+            else:
+                apply_schema_if_allowed(database.url)
+            with Service(database.url, to_terminal=True, **{**os.environ, "PORT": port}) as service:
+                print(f"Open {service.url} in a browser; Ctrl-C ends the service.", flush=True)
+                status = wait_for(service.process, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     sys.exit(status)
+
+
+def check_settings() -> str:
+    """Return the port to listen on. Raises RuntimeError if that or another setting cannot be used."""
+    # gunicorn reads it before its own settings file, and ends with a traceback if it is no number.
+    if not os.environ.get("WEB_CONCURRENCY"):
+        os.environ.pop("WEB_CONCURRENCY", None)
+    elif not re.fullmatch(r"\s*0*[1-9]\d*\s*", os.environ["WEB_CONCURRENCY"]):
+        raise RuntimeError("WEB_CONCURRENCY, the number of workers, must be 1, 2 or more")
+    port = os.environ.get("PORT") or "8000"
+    try:
+        socket.create_server(("127.0.0.1", int(port))).close()
+    except (OSError, OverflowError, ValueError):
+        raise RuntimeError(f"Port {port} is in use or no port; choose another: make run PORT=8001") from None
+    return port
+
+
+def apply_schema_if_allowed(url: str) -> None:
+    """Apply schema.sql to a database that is not ours, as the Procfile's release line does; else say why it was not."""
+    patient = {"connect_timeout": 5, **psycopg.conninfo.conninfo_to_dict(url)}
+    try:
+        apply_schema(psycopg.conninfo.make_conninfo(**patient))
+        print("schema.sql is applied to the database of DATABASE_URL.")
+    except psycopg.Error as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"schema.sql is not applied to the database of DATABASE_URL, which is used as it is: {reason}")
 
 
 if __name__ == "__main__":

