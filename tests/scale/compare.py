@@ -1,0 +1,112 @@
+"""What nginx in front gains and costs: prints the tables that README.md here shows.
+
+    python -m scale.compare
+
+One service alone and two behind nginx take turns of two seconds, on one machine and one database. Figures are medians
+of the rounds, ratios medians of those within a round.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack
+from statistics import median
+from typing import NamedTuple
+
+from bench.turns import FOLDER, run
+from local.postgres import LocalPostgres, apply_schema, as_command
+from local.service import Service
+from scale.nginx import Nginx, find_program
+
+ROUNDS, SECONDS, CONNECTIONS = 5, 2, 16
+# What its row of the table is called, and the requests that load.lua is to send.
+MEASURES = {
+    "pages, `GET /`": "GET /",
+    "polls, `/tally.json` with its tag": "POLL /tally.json",
+    "votes, `POST /add`": "POST /add",
+}
+# All votes come from one address here.
+NO_LIMIT = {"rate=10r/s": "rate=1000000r/s", "burst=100 ": "burst=1000000 "}
+OPEN_PAGES = (500, 1000, 2000, 4000, 8000)
+POLLED_EVERY = 2  # seconds, as catvote.js does
+OPEN_SECONDS = 10
+
+
+class Turn(NamedTuple):
+    """What a turn came to.
+
+    rate -- answers a second
+    p99 -- milliseconds that 99 of 100 answers took at most
+    cpu -- microseconds of CPU for an answer: of nginx, services and PostgreSQL
+    """
+
+    rate: float
+    p99: float
+    cpu: float
+
+
+def turn(url, masters, plan, seconds=SECONDS, connections=CONNECTIONS, rest=0):
+    """Send requests to a URL for so many seconds; return the Turn.
+
+    masters -- the processes that, with all below them, do the work
+    plan -- the requests, sent in turn: see load.lua
+    rest -- milliseconds from an answer to the next request on its connection, on average
+    """
+    command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", "--timeout=30s"]
+    printed, used = run([*command, f"--script={FOLDER}/load.lua", url, "--", rest, *plan], *masters)
+    result = json.loads(printed.splitlines()[-1])
+    if result["failed"]:
+        raise RuntimeError(f"{result['failed']} of {result['requests']} requests to {url} failed.")
+    return Turn(result["requests"] / result["seconds"], result["p99"], 1e6 * sum(used) / max(result["requests"], 1))
+
+
+def compare_rates(ways):
+    """Print what a second and an answer cost; `ways` are the URL and processes, alone and behind nginx."""
+    print("| | alone | behind nginx | ratio (rounds) | CPU alone | CPU behind nginx |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for label, request in MEASURES.items():
+        rounds = [[turn(*way, [request]) for way in ways] for _ in range(ROUNDS)]
+        alone, behind = (Turn(*map(median, zip(*turns))) for turns in zip(*rounds))
+        ratios = [with_nginx.rate / without.rate for without, with_nginx in rounds]
+        print(
+            f"| {label} | {alone.rate:,.0f} | {behind.rate:,.0f} "
+            f"| {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {alone.cpu:.0f} | {behind.cpu:.0f} |"
+        )
+    print("\nAnswers a second; microseconds of CPU for one, of nginx, services and PostgreSQL together.\n")
+
+
+def compare_open_pages(ways):
+    """Print for numbers of open pages whether each way bears them, and what they take."""
+    print("| open pages | asked a second | alone | behind nginx |")
+    print("|--:|--:|---|---|")
+    for pages in OPEN_PAGES:
+        wanted = pages / POLLED_EVERY
+        cells = []
+        for way in ways:
+            borne = turn(*way, ["POLL /tally.json"], OPEN_SECONDS, pages, 1000 * POLLED_EVERY)
+            cores = borne.rate * borne.cpu / 1e6
+            share = f"{100 * borne.rate / wanted:.0f} % answered, 99 of 100 within {borne.p99:.0f} ms"
+            cells.append(f"{share}, {cores:.2f} cores: {pages / cores:,.0f} a core")
+            time.sleep(1)
+        print(f"| {pages:,} | {wanted:,.0f} | {cells[0]} | {cells[1]} |", flush=True)
+
+
+def main():
+    """Measure, and print the tables."""
+    with as_command(), ExitStack() as stack:
+        find_program("wrk")
+        postgres = stack.enter_context(LocalPostgres(durable=True))
+        apply_schema(postgres.url())
+        first, second = (stack.enter_context(Service(postgres.url())) for _ in range(2))
+        nginx = stack.enter_context(Nginx(first, second, replace=NO_LIMIT))
+        database = postgres.child_process
+        ways = [(first.url, [first.process, database])]
+        ways += [(nginx.url, [nginx.process, first.process, second.process, database])]
+        print(f"{os.cpu_count()} cores for everything, the load program included.\n", file=sys.stderr)
+        compare_rates(ways)
+        compare_open_pages(ways)
+
+
+if __name__ == "__main__":
+    main()
