@@ -1,7 +1,5 @@
 """nginx in front of two services, by nginx.conf: a class for the tests, a command for `make scale`."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -15,11 +13,12 @@ from local.postgres import as_command, server_account, spawn, target
 from local.service import Service, free_port
 
 SETTINGS = Path(__file__).with_name("nginx.conf")
+SBIN = "/usr/sbin"  # Debian's folder for servers, which is not on everybody's PATH
 
 
 def find_program(name: str) -> str:
     """Return the path of a program of Debian's package of that name. Raises RuntimeError if it is not installed."""
-    program = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin")
+    program = shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}")
     if not program:
         raise RuntimeError(f"{name} is not installed: apt-get install {name}")
     return program
@@ -57,7 +56,7 @@ class Nginx:
             **(replace or {}),
         }
 
-    def __enter__(self) -> Nginx:
+    def __enter__(self):
         # root's own temporary folder may be closed to the user who runs it.
         self.folder = Path(tempfile.mkdtemp(prefix="catvote-nginx-", dir="/tmp" if os.geteuid() == 0 else None))
         try:
