@@ -282,7 +282,7 @@ def test_a_thousand_slow_visitors_delay_nobody_and_slow_heads_are_sent_away(ngin
     bodies = [socket.create_connection(("127.0.0.1", nginx.port)) for _ in range(500)]
     for visitor in bodies:
         visitor.send(b"POST /add HTTP/1.1\r\nHost: catvote.example\r\nContent-Length: 1000\r\n\r\n")
-    with Households(nginx, voters=8, watchers=4) as load:
+    with Households(nginx, voters=8, watchers=4, pause=0.1) as load:
         for second in range(12):
             for visitor in heads + bodies:
                 with suppress(OSError):
@@ -327,21 +327,33 @@ def test_pages_go_on_while_no_service_answers(nginx, services):
         assert page.headers["Age"] is None
 
 
-def test_a_frozen_service_holds_pages_up_for_seconds_at_most(nginx, services, verify):
+def test_a_frozen_service_holds_everybodys_pages_up_for_three_seconds_at_most(nginx, services, verify):
     with Households(nginx, voters=4, watchers=4) as load:
-        time.sleep(3)
+        time.sleep(1)
         with frozen(services[0].process.pid):
             time.sleep(5)
-        time.sleep(1)
     for service in services:
         service.stop()
-    figures = verify(load, services[0], statuses=(200, 303), fresh=5)
-    assert float(figures["slowest page"].split()[0]) < 8
+    verify(load, services[0], statuses=(200, 303), fresh=6)
+    assert max(answer.seconds for answer in load.answers if answer.path == "/") < 4
+
+
+def test_a_rolling_restart_loses_no_request(nginx, services, verify):
+    with Households(nginx) as load:
+        for service in services:
+            time.sleep(0.5)
+            before = workers(service)
+            service.process.send_signal(signal.SIGHUP)  # the workers of the new release take over the port
+            assert not psutil.wait_procs(before, timeout=10)[1]
+        time.sleep(0.5)
+    for service in services:
+        service.stop()
+    verify(load, services[0], statuses=(200, 303), fresh=3)
 
 
 @contextmanager
 def taken_out(nginx, service):
-    """Keep a service out of nginx's settings for a while, as the README tells."""
+    """Keep a service out of nginx's settings for a while."""
     settings = nginx.folder / "nginx.conf"
     text = settings.read_text()
 
@@ -349,25 +361,28 @@ def taken_out(nginx, service):
         before = workers(nginx)
         settings.write_text(text)
         subprocess.run([*nginx.command(), "-s", "reload"], check=True, capture_output=True)
-        wait_until(lambda: not {*before} & {*workers(nginx)})
+        assert not psutil.wait_procs(before, timeout=15)[1]
 
     reload(text.replace(f"server 127.0.0.1:{service.port}", f"server 127.0.0.1:{service.port} down"))
     yield
     reload(text)
 
 
-def test_a_rolling_restart_loses_no_request(nginx, services, verify):
+def test_a_service_that_is_taken_out_may_stop_and_start(database, nginx, services, verify):
     with Households(nginx) as load:
         for service in services:
-            time.sleep(1)
+            time.sleep(0.5)
             with taken_out(nginx, service):
                 assert service.stop() == 0
-                started_again = service.__enter__()
-                assert started_again is service
-        time.sleep(1)
+                service.__enter__()
+        time.sleep(0.5)
     for service in services:
         service.stop()
-    verify(load, services[0], statuses=(200, 303), fresh=3)
+    verify(load, services[0], statuses=(0, 200, 303), fresh=3)
+    # A reload closes connections that rest. Some visitor may just be sending on one, and browsers send that again on
+    # another: so nothing that was sent so may have been stored.
+    assert all(answer.kept for answer in load.answers if answer.status == 0)
+    assert sql(database, "SELECT count(*) FROM votes") == [(len(load.acknowledged),)]
 
 
 def test_a_vote_that_a_dying_service_has_is_not_sent_to_the_other(database, nginx, services, verify):
@@ -453,16 +468,24 @@ def test_make_scale_without_nginx_says_what_to_install(tmp_path):
 
 
 @contextmanager
-def pgbouncer(server, database):
+def pgbouncer(server, database, pool_size=8):
     """PgBouncer by pgbouncer.ini before a database; yields its URL and that of its console."""
     need("pgbouncer")
     port = free_port()
     users = Path(server.base_dir, "users.txt")
     users.write_text(f'"postgres" "{server.password}"\n')
-    settings = Path(server.base_dir, "pgbouncer.ini")
-    text = (FOLDER / "pgbouncer.ini").read_text().replace("port=5432", f"port={server.settings['port']}")
-    settings.write_text(text.replace("listen_port = 6432", f"listen_port = {port}").replace("users.txt", str(users)))
-    process = spawn([find_program("pgbouncer"), "--quiet", settings])
+    settings = (FOLDER / "pgbouncer.ini").read_text()
+    for text, replacement in {
+        "port=5432": f"port={server.settings['port']}",
+        "listen_port = 6432": f"listen_port = {port}",
+        "auth_file = users.txt": f"auth_file = {users}",
+        "default_pool_size = 8": f"default_pool_size = {pool_size}",
+    }.items():
+        assert text in settings
+        settings = settings.replace(text, replacement)
+    file = Path(server.base_dir, "pgbouncer.ini")
+    file.write_text(settings)
+    process = spawn([find_program("pgbouncer"), "--quiet", file])
     try:
         url = database.replace(f":{server.settings['port']}/", f":{port}/")
         console = url.rpartition("/")[0] + "/pgbouncer"
@@ -479,20 +502,25 @@ def pgbouncer(server, database):
 
 
 def test_twenty_workers_share_eight_server_connections(server, database, verify):
-    most = 0
     with pgbouncer(server, database) as (url, _):
         with Service(url, WEB_CONCURRENCY="20") as service:
             wait_until(lambda: service.log.count("Booting worker") == 20, seconds=30)
-            with Load(service, voters=100, pause=0.02) as load:
-                for _ in range(30):
-                    time.sleep(0.1)
-                    most = max(most, len(backends(database)))
-        verify(load, service, statuses=(200, 303), server_connections=most)
-    assert 4 < most <= 8
+            with Load(service, voters=100) as load:
+                time.sleep(1)
+                with psycopg.connect(database) as connection:
+                    connection.execute("LOCK TABLE votes")  # so that all want one at once
+                    time.sleep(0.5)
+                    connections = len(backends(database))
+                time.sleep(1)
+            assert len(workers(service)) == 20
+        verify(load, service, statuses=(200, 303), server_connections=connections)
+    assert connections == 8
 
 
 def test_pgbouncer_may_reconnect_at_any_time(server, database, verify):
-    with pgbouncer(server, database) as (url, console):
+    # With few connections of its own: one that is just logging in when told to RECONNECT is a failed login to it,
+    # after which it refuses visitors for server_login_retry seconds.
+    with pgbouncer(server, database, pool_size=4) as (url, console):
         with Service(url) as service, Load(service) as load:
             for _ in range(3):
                 time.sleep(1)
