@@ -518,12 +518,13 @@ def test_twenty_workers_share_eight_server_connections(server, database, verify)
 
 
 def test_pgbouncer_may_reconnect_at_any_time(server, database, verify):
-    # With few connections of its own: one that is just logging in when told to RECONNECT is a failed login to it,
-    # after which it refuses visitors for server_login_retry seconds.
-    with pgbouncer(server, database, pool_size=4) as (url, console):
+    with pgbouncer(server, database, pool_size=2) as (url, console):
         with Service(url) as service, Load(service) as load:
             for _ in range(3):
-                time.sleep(1)
+                time.sleep(0.5)
+                # One that is just logging in when told to RECONNECT is a failed login to PgBouncer, after which it
+                # refuses visitors for server_login_retry seconds: so all must be there.
+                wait_until(lambda: len(backends(database)) == 2)
                 sql(console, "RECONNECT")
             time.sleep(1)
         verify(load, service, statuses=(200, 303))
