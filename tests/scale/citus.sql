@@ -50,12 +50,25 @@ INSERT INTO public.tally (hour, vote, slot, votes)
 VALUES ('-infinity', 'Gummi', 0, 0), ('-infinity', 'Pita', 0, 0)
 ON CONFLICT (hour, vote, slot) DO NOTHING;
 
--- Citus has no triggers on distributed tables, and PostgreSQL has them on views: so votes is one.
+-- Citus pushes queries down to the nodes, and refuses what would not work there. A function is where
+-- that ends: it asks the nodes, and any SQL may be put round its rows. So each view reads by a function.
+CREATE OR REPLACE FUNCTION public.read_votes() RETURNS SETOF public.ballots
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY
+    SELECT ballot.slot, ballot.row_id, ballot.date_created, ballot.vote
+    FROM public.ballots AS ballot;
+END
+$$;
+COMMENT ON FUNCTION public.read_votes() IS 'All rows of ballots, from all nodes.';
+
+-- Citus has no triggers on distributed tables; PostgreSQL has them on views. So votes is one.
 CREATE OR REPLACE VIEW public.votes AS
 SELECT row_id, date_created, vote, slot
-FROM public.ballots;
-COMMENT ON VIEW public.votes IS 'One row for each click on a cat. INSERT, UPDATE, DELETE and COPY keep the tally.';
-COMMENT ON COLUMN public.votes.row_id IS 'Unique; each node has numbers of its own.';
+FROM public.read_votes();
+COMMENT ON VIEW public.votes IS 'One row for each click on a cat. To read very many, ask ballots: there the nodes work.';
+COMMENT ON COLUMN public.votes.row_id IS 'Unique where set by itself; each node has numbers of its own.';
 COMMENT ON COLUMN public.votes.date_created IS 'When the vote was stored; set by itself, once for a statement.';
 COMMENT ON COLUMN public.votes.vote IS 'The cat; constraint votes_vote_is_a_cat knows them all.';
 COMMENT ON COLUMN public.votes.slot IS 'Decides on the node; set by itself.';
@@ -93,13 +106,15 @@ BEGIN
         END IF;
         PERFORM public.count_vote(OLD.vote, OLD.date_created, OLD.slot, -1);
     END IF;
-    IF TG_OP IN ('INSERT', 'UPDATE') THEN
+    IF TG_OP = 'INSERT' THEN
         -- A visitor's votes go where their server process puts all of its votes: two processes seldom
         -- wait for each other, and one whose node is down holds up no other. Rows that have a row_id
         -- come by the thousand, from a dump: they spread over all slots, and so over all nodes.
         NEW.slot := coalesce(NEW.row_id, pg_backend_pid()) % 32;
         NEW.row_id := coalesce(NEW.row_id, nextval('public.votes_row_id_seq'));
         NEW.date_created := coalesce(NEW.date_created, now());
+    END IF;
+    IF TG_OP IN ('INSERT', 'UPDATE') THEN
         INSERT INTO public.ballots (slot, row_id, date_created, vote)
         VALUES (NEW.slot, NEW.row_id, NEW.date_created, NEW.vote);
         PERFORM public.count_vote(NEW.vote, NEW.date_created, NEW.slot, 1);
@@ -113,31 +128,54 @@ COMMENT ON FUNCTION public.change_vote() IS 'Does to ballots and tally what a st
 -- Else any role could forge the tally.
 REVOKE EXECUTE ON FUNCTION public.count_vote(text, timestamptz, int, int), public.change_vote() FROM PUBLIC;
 
+-- What the page shows to everybody, any role may read: it needs no account on the nodes for that.
+CREATE OR REPLACE FUNCTION public.read_totals() RETURNS TABLE (vote text, votes bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY
+    SELECT counter.vote, sum(counter.votes)::bigint
+    FROM public.tally AS counter
+    WHERE counter.hour = '-infinity'
+    GROUP BY counter.vote;
+END
+$$;
+COMMENT ON FUNCTION public.read_totals() IS 'What vote_totals shows.';
+
 CREATE OR REPLACE VIEW public.vote_totals AS
-SELECT vote, sum(votes)::bigint AS votes
-FROM public.tally
-WHERE hour = '-infinity'
-GROUP BY vote
+SELECT vote, votes
+FROM public.read_totals()
 ORDER BY vote;
 COMMENT ON VIEW public.vote_totals IS 'Votes for each cat, at a price that does not grow with them.';
 COMMENT ON COLUMN public.vote_totals.vote IS 'The cat.';
 COMMENT ON COLUMN public.vote_totals.votes IS 'Number of rows in votes for this cat, exact.';
 
+CREATE OR REPLACE FUNCTION public.read_hours() RETURNS TABLE (hour timestamptz, vote text, votes bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
+AS $$
+BEGIN
+    RETURN QUERY
+    SELECT counter.hour, counter.vote, sum(counter.votes)::bigint
+    FROM public.tally AS counter
+    WHERE isfinite(counter.hour)
+    GROUP BY counter.hour, counter.vote
+    HAVING sum(counter.votes) <> 0;
+END
+$$;
+COMMENT ON FUNCTION public.read_hours() IS 'What votes_by_hour shows.';
+
 CREATE OR REPLACE VIEW public.votes_by_hour AS
-SELECT hour, vote, sum(votes)::bigint AS votes
-FROM public.tally
-WHERE isfinite(hour)
-GROUP BY hour, vote
-HAVING sum(votes) <> 0
+SELECT hour, vote, votes
+FROM public.read_hours()
 ORDER BY hour, vote;
-COMMENT ON VIEW public.votes_by_hour IS 'Votes for each cat and hour that has any; cheap, above all WHERE hour > a time.';
+COMMENT ON VIEW public.votes_by_hour IS 'Votes for each cat and hour that has any; reads counters, no rows.';
 COMMENT ON COLUMN public.votes_by_hour.hour IS 'The first instant of an hour of UTC; votes dated infinity have none.';
 COMMENT ON COLUMN public.votes_by_hour.vote IS 'The cat.';
 COMMENT ON COLUMN public.votes_by_hour.votes IS 'Number of votes in that hour, exact.';
 
 -- The nodes count, each in its own time zone, and know nothing of the reader's: it has to be told.
-CREATE OR REPLACE FUNCTION public.count_days(time_zone text) RETURNS TABLE (day date, vote text, votes bigint)
-LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
+CREATE OR REPLACE FUNCTION public.read_days(time_zone text) RETURNS TABLE (day date, vote text, votes bigint)
+LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
     RETURN QUERY
@@ -146,11 +184,11 @@ BEGIN
     GROUP BY 1, 2;
 END
 $$;
-COMMENT ON FUNCTION public.count_days(text) IS 'Votes for each cat and day of that time zone; reads all of votes.';
+COMMENT ON FUNCTION public.read_days(text) IS 'Votes for each cat and day of that time zone; reads all of votes.';
 
 CREATE OR REPLACE VIEW public.votes_by_day AS
 SELECT day, vote, votes
-FROM public.count_days(current_setting('TimeZone'))
+FROM public.read_days(current_setting('TimeZone'))
 ORDER BY day, vote;
 COMMENT ON VIEW public.votes_by_day IS 'Votes for each cat and day that has any; reads all of votes.';
 COMMENT ON COLUMN public.votes_by_day.day IS 'In your session''s time zone (SHOW timezone).';
