@@ -52,7 +52,7 @@ ON CONFLICT (hour, vote, slot) DO NOTHING;
 
 -- Citus pushes queries down to the nodes, and refuses what would not work there. A function is where
 -- that ends: it asks the nodes, and any SQL may be put round its rows. So each view reads by a function.
-CREATE OR REPLACE FUNCTION public.read_votes() RETURNS SETOF public.ballots
+CREATE OR REPLACE FUNCTION public.read_votes() RETURNS TABLE (slot int, row_id bigint, date_created timestamptz, vote text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
