@@ -38,7 +38,7 @@ COMMIT;
 endef
 export REPORT DROP
 
-.PHONY: help install packages test-packages run dev check test initdb dropdb report bench diagrams card clean
+.PHONY: help install packages test-packages run dev check test initdb dropdb report bench scale diagrams card clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
@@ -81,9 +81,8 @@ report: $(NEEDED) ## Show the votes, in total and by day
 bench: test-packages ## Measure how much the service bears
 	@exec .venv/bin/python tests/bench.py
 
-.PHONY: scale
-scale: install ## Serve as make run does, by two services behind nginx
-	@exec $(DOTENV) $(BIN)/python -m scale.nginx
+scale: packages ## Serve as make run does, by two services behind nginx
+	@exec .venv/bin/python -m scale.nginx
 
 diagrams: ## Draw static/structure.svg from its source, by Graphviz
 	dot -Tsvg -o static/structure.svg static/structure.dot
