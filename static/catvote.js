@@ -3,25 +3,30 @@
 const [form] = document.forms;
 const cats = [...document.querySelectorAll("[data-votes]")].map((element) => element.dataset.votes);
 const part = (name, cat) => document.querySelector(`[data-${name}="${CSS.escape(cat)}"]`);
-// Half to even, as on the server, so that shares add up to 100 %.
+// Half to even, as on the server, so that the shares of two add up to 100 %.
 const whole = { maximumFractionDigits: 0, roundingMode: "halfEven" };
 let delay = 2000;
 let tag = "";
 
+function percent(share) {
+  if (share > 0 && share < 1) return "<1%";
+  if (share > 99 && share < 100) return ">99%";
+  return `${share.toLocaleString("en", whole)}%`;
+}
+
 function show(tally) {
   const votes = cats.map((cat) => tally[cat] ?? 0);
+  const total = votes.reduce((sum, count) => sum + count, 0);
   const most = Math.max(...votes);
-  const total = votes.reduce((sum, count) => sum + count, 0) || 1;
-  const alone = votes.filter((count) => count === most).length === 1;
+  const leaders = cats.filter((cat, place) => votes[place] === most);
   let left = 0;
   cats.forEach((cat, place) => {
     const count = votes[place];
-    const share = (100 * count) / total;
-    const extreme = share % 100 && (share < 1 ? "<1" : share > 99 && ">99");
+    const share = (100 * count) / (total || 1);
     part("votes", cat).textContent = count.toLocaleString("en");
     part("noun", cat).textContent = count === 1 ? "vote" : "votes";
-    part("share", cat).textContent = `${extreme || share.toLocaleString("en", whole)}%`;
-    part("lead", cat).hidden = !(alone && count === most);
+    part("share", cat).textContent = percent(share);
+    part("lead", cat).hidden = leaders.length > 1 || leaders[0] !== cat;
     part("bar", cat).setAttribute("x", `${left}%`);
     part("bar", cat).setAttribute("width", `${share}%`);
     left += share;

@@ -1,22 +1,34 @@
-"""Draws static/card.png, which goes with a link to catvote in a chat, from the two drawings: `make card`."""
+"""Draws static/card.png, which goes with a link to catvote in a chat, from the candidates' pictures: `make card`."""
 
+import base64
+import mimetypes
+from html import escape
 from shutil import which
 
-from local.postgres import ROOT
 from playwright.sync_api import sync_playwright
 
-static = ROOT / "static"
+from catvote import CANDIDATES, STATIC, TITLE
+
+
+def address_of(picture):
+    """Return a data: address with a file of static/; this page may load no other."""
+    content_type, _ = mimetypes.guess_type(picture)
+    return f"data:{content_type};base64,{base64.b64encode((STATIC / picture).read_bytes()).decode()}"
+
+
+pictures = [f'<img src="{address_of(candidate.picture)}">' for candidate in CANDIDATES.values()]
 PAGE = f"""
 <style>
-{(static / "catvote.css").read_text()}
+{(STATIC / "catvote.css").read_text()}
 header {{ height: 60px; zoom: 1.5 }}
 h1 {{ font-size: 76px; margin: 8px 0 }}
-svg {{ width: 400px; height: 400px; margin: 0 50px }}
+main div {{ display: flex; justify-content: space-evenly }}
+img {{ min-width: 0; height: 400px; object-fit: contain }}
 </style>
 <header></header>
 <main style="width: auto">
-<h1>Vote: it's your civic duty</h1>
-{(static / "gummi.svg").read_text()}{(static / "pita.svg").read_text()}
+<h1>{escape(TITLE)}</h1>
+<div>{"".join(pictures)}</div>
 </main>
 """
 
@@ -24,5 +36,5 @@ with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=which("chromium"))
     page = browser.new_page(viewport={"width": 1200, "height": 630}, color_scheme="light")
     page.set_content(PAGE)
-    page.screenshot(path=static / "card.png")
+    page.screenshot(path=STATIC / "card.png")
     browser.close()

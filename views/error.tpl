@@ -9,25 +9,28 @@ headings = {
 }
 heading = headings.get(status, "Something got burnt")
 rebase("layout", heading=heading)
-*_, last = candidates.values()
+last = list(candidates.values())[-1]
+
+step = "Back to the vote"
+if trouble:
+    ready = trouble.name != "NOT_READY"
+    cause = "Our database does not answer" if ready else "Something is wrong with our database"
+    step = "Try again in a few seconds"
+end
 uncertain = voting and trouble and trouble.name == "UNCERTAIN"
+if uncertain:
+    step = "Look at the tally before you vote again"
+end
 %>
 <img src="{{static_url(last.picture)}}" alt="" width="200" height="200">
 <h1>{{heading}}</h1>
-% if trouble and trouble.name == "NOT_READY":
-<p class="intro">Something is wrong with our database\\
+% if uncertain:
+<p class="intro">{{cause}}: your vote could not be confirmed.</p>
+% elif trouble and voting:
+<p class="intro">{{cause}}: your vote was not counted.</p>
 % elif trouble:
-<p class="intro">Our database does not answer\\
+<p class="intro">{{cause}}.</p>
 % elif status in (400, 403, 413):
 <p class="intro">{{message}}</p>
 % end
-% if trouble:
-{{": your vote could not be confirmed." if uncertain else ": your vote was not counted." if voting else "."}}</p>
-% end
-% if uncertain:
-<p><a class="step" href="/">Look at the tally before you vote again</a></p>
-% elif trouble:
-<p><a class="step" href="/">Try again in a few seconds</a></p>
-% else:
-<p><a class="step" href="/">Back to the vote</a></p>
-% end
+<p><a class="step" href="/">{{step}}</a></p>

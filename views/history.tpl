@@ -2,32 +2,37 @@
 rebase("layout", heading="How the votes came in")
 headings = {"hour": "Two days, hour by hour", "day": "A month, day by day"}
 formats = {"hour": "%d %b, %H:%M", "day": "%d %b"}
+month_votes = sum(sum(votes.values()) for began, votes in charts["day"])
 %>
 <h1>How the votes came in</h1>
 % if outdated:
 <p class="intro">The database is away: these are the last known votes.</p>
 % end
-% if not any(any(votes.values()) for began, votes in charts["day"]):
+% if month_votes == 0:
 <p class="intro">There was no vote in the last 30 days.</p>
 <p><a class="step" href="/">Cast the first</a></p>
 % else:
 <p class="intro">All times are UTC.</p>
 %   for unit, periods in charts.items():
-%     most = max([1, *(count for began, votes in periods for count in votes.values())])
-%     height = 100 * len(candidates)
+%     times = [began.strftime(formats[unit]) for began, votes in periods]
+%     peaks = {cat: max(votes[cat] for began, votes in periods) for cat in candidates}
+%     highest = max(peaks.values()) or 1
 <section>
 <h2>{{headings[unit]}}</h2>
-<p class="ends"><span>{{", ".join(candidate.name for candidate in candidates.values())}}, from top to bottom</span> <span>at most {{"{:,}".format(most)}}</span></p>
-<svg class="chart" viewBox="-.5 0 {{len(periods)}} {{height}}" preserveAspectRatio="none" role="img" aria-label="Votes per {{unit}}; the table has the numbers">
-%     for number, cat in enumerate(candidates, start=1):
-<path class="icing-{{number}}" data-bar="{{cat}}" d="
-%       for place, (began, votes) in enumerate(periods):
-M{{place}} {{100 * number}}V{{round(100 * number - 95 * votes[cat] / most, 2)}}
+%     for place, (cat, candidate) in enumerate(candidates.items(), start=1):
+<figure class="icing-{{place}}">
+<figcaption class="ends"><strong>{{candidate.name}}</strong> <span>at most {{format(peaks[cat], ",")}}</span></figcaption>
+<svg class="chart" viewBox="-.5 0 {{len(periods)}} 100" preserveAspectRatio="none" role="img" aria-label="Votes for {{candidate.name}} per {{unit}}; the table has the numbers">
+<path data-bar="{{cat}}" d="
+%       for column, (began, votes) in enumerate(periods):
+%         height = 100 * votes[cat] / highest
+M{{column}} 100v{{round(-height, 2)}}
 %       end
 "/>
-%     end
 </svg>
-<p class="ends"><span>{{periods[0][0].strftime(formats[unit])}}</span> <span>{{periods[-1][0].strftime(formats[unit])}}</span></p>
+</figure>
+%     end
+<p class="ends"><span>{{times[0]}}</span> <span>{{times[-1]}}</span></p>
 <details>
 <summary>Votes per {{unit}} as a table</summary>
 <table>
@@ -37,10 +42,10 @@ M{{place}} {{100 * number}}V{{round(100 * number - 95 * votes[cat] / most, 2)}}
 %     end
 </tr></thead>
 <tbody>
-%     for began, votes in reversed(periods):
-<tr><th scope="row">{{began.strftime(formats[unit])}}</th>\\
+%     for time, (began, votes) in reversed(list(zip(times, periods))):
+<tr><th scope="row">{{time}}</th>\\
 %       for cat in candidates:
-<td>{{"{:,}".format(votes[cat])}}</td>\\
+<td>{{format(votes[cat], ",")}}</td>\\
 %       end
 </tr>
 %     end
