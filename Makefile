@@ -70,7 +70,7 @@ report: $(NEEDED) ## Show the votes, in total and by day
 	@exec $(WITH_PSQL) 'echo "$$REPORT" | $(PSQL)'
 
 bench: install ## Measure how much the service bears
-	@exec $(BIN)/python tests/bench.py
+	@exec $(BIN)/python -m bench
 
 diagrams: ## Draw static/structure.svg from its source, by Graphviz
 	dot -Tsvg -o static/structure.svg static/structure.dot
