@@ -1,42 +1,108 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
-gunicorn calls `app` for each request; Bottle finds the handler; that asks the database, and fills a view.
+A server such as gunicorn calls `app`, at the end of this file, for each request. Bottle finds the request's
+handler; the handler asks the database, and fills a view.
 """
 
+import atexit
 import json
 import logging
+import mimetypes
 import os
 import re
-from collections import Counter, defaultdict, namedtuple
-from concurrent.futures import Future
-from contextlib import closing, suppress
-from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import closing
+from datetime import datetime, timezone
+from enum import Enum
+from functools import partial
 from hashlib import sha256
 from io import BytesIO
+from math import inf
 from pathlib import Path
 from select import POLLIN, poll
 from threading import Lock
-from time import monotonic
+from time import monotonic, sleep, time
+from typing import NamedTuple
 from urllib.parse import quote
 
+import bottle
 import psycopg
 from bottle import Bottle, HTTPError, HTTPResponse, request, response, static_file, template
 from multipart import parse_form_data
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool
 
-# Configuration
+# Configuration: what is voted on, what comes from the environment, and the numbers that are a choice of ours.
 
-DATABASE_URL = os.environ.get("DATABASE_URL", "")
+
+class Candidate(NamedTuple):
+    """Somebody to vote for, as the page shows it; `picture` is the name of a file in static/."""
+
+    name: str
+    picture: str
+    description: str
+
+
+# The keys are what the database stores: the constraint votes_vote_is_a_cat in schema.sql has the same list.
+CANDIDATES = {
+    "Gummi": Candidate(
+        "Fruit Gummi", "gummi.svg", "A black and white cat in a donut with pink icing, a gummi bear on top."
+    ),
+    "Pita": Candidate("Pita", "pita.svg", "A ginger cat in a donut with chocolate icing, whipped cream on top."),
+}
+TITLE = "Vote: it's your civic duty"
+QUESTION = "Two cats dressed as donuts: which one do you like better?"
+SUMMARY = "Two cats dressed as donuts, Pita and Fruit Gummi, want your vote."  # for search engines and chats
+
+SITE_URL = os.environ.get("SITE_URL", "").strip().rstrip("/")  # for links in chats, which have to be absolute
+DEVELOPMENT = bool(os.environ.get("DEVELOPMENT"))
+
+# All times are in seconds. A vote takes 5 at most: CONNECTION + VOTE + 2 x CANCEL. Visitors wait no longer than that.
+CONNECTION_PATIENCE = 1  # for one of the pool's connections
+VOTE_PATIENCE = 2  # for the statement that stores votes
+TALLY_PATIENCE = 1  # for the statement that reads the tally
+HISTORY_PATIENCE = 3
+CANCEL_PATIENCE = 1  # to ask the server to cancel a statement, and as long again for its answer
+
+# A tally on a page is at most a second old, unless the page says otherwise: that leaves time to make and send it.
+TALLY_REFRESHED_AFTER, TALLY_FRESH = 0.5, 0.8
+HISTORY_REFRESHED_AFTER, HISTORY_FRESH = 20, 50
+PAGE_WAIT = 0.5  # after which nobody waits for a reading any more, if there is an older one to show
+VOTER_WAIT = 1.5  # of a visitor who has just voted, for a reading that has the vote
+FIRST_WAIT = 5  # of a visitor while nothing is known yet: longer than any reading takes
+RETRY_PAUSE = 0.2  # an error that comes at once must not be asked for, and logged, at each visit
+RETRY_AFTER = 5  # for visitors whom we ask to come again
+
+# Connections to the database cost more than threads. Two workers have at most 8 of them: small hosted plans allow 20.
+CONNECTIONS_FOR_VOTES = 2
+CONNECTIONS_FOR_PAGES = 2
+UNUSED_TOO_LONG = 10  # networks forget silent connections without a word, some after a minute
+KEEPALIVE_PAUSE = 20
+
+VOTES_A_STATEMENT = 8  # if it hangs, not all threads hang with it
+TURN_PATIENCE = 0.1  # after which a statement need not wait for the one before
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
-FOLDER = Path(__file__).parent
-VERSION = sha256(b"".join(file.read_bytes() for file in sorted(FOLDER.glob("static/*")))).hexdigest()[:8]
-view = partial(template, template_lookup=[str(FOLDER / "views")], static_url=f"/static/{{}}?v={VERSION}".format)
-routes = Bottle()
+
+FOLDER = Path(__file__).resolve().parent
+VIEWS = [str(FOLDER / "views")]
+STATIC = FOLDER / "static"
+STATIC_FILES = [file for file in sorted(STATIC.rglob("*")) if file.is_file()]
+PRESENT_VERSION = "v=" + sha256(b"".join(file.read_bytes() for file in STATIC_FILES)).hexdigest()[:8]
+
+log = logging.getLogger("catvote")
 
 
-def database_url():
+INVALID_URL = (
+    "DATABASE_URL is not a valid PostgreSQL connection URL (is a special character in the password percent-encoded?);"
+    " see .env.example"
+)
+
+
+def database_url() -> str:
     """Return DATABASE_URL, which says where the database is, in any form that libpq understands.
 
     https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING
@@ -48,189 +114,526 @@ def database_url():
         raise ValueError("DATABASE_URL is not set; see .env.example")
     try:
         parts = conninfo_to_dict(url)
-    except psycopg.ProgrammingError:
-        parts = None  # the error's text quotes the URL, password and all
-    # An @ or / in a password has to be percent-encoded: else a part of it is taken for a host or port, and logged.
-    if (
-        parts is None
-        or "@" in parts.get("host", "") + parts.get("dbname", "")
-        or re.search("[^0-9,]", str(parts.get("port", "")))
-    ):
-        raise ValueError("DATABASE_URL is not a valid PostgreSQL connection URL; see .env.example")
+    except psycopg.ProgrammingError:  # its text quotes the URL, password and all
+        raise ValueError(INVALID_URL) from None
+    # An @ or / in a password has to be percent-encoded: else a part of it is taken for a name, and logged.
+    if "@" in parts.get("host", "") + parts.get("dbname", ""):
+        raise ValueError(INVALID_URL)
+    if not re.fullmatch("[0-9,]*", str(parts.get("port", ""))):
+        raise ValueError(INVALID_URL)
     return url
 
 
 # Database
 
 
-def initdb():
-    """Apply schema.sql to the database of DATABASE_URL: safe again and again, and while people vote.
+def initdb(url: str | None = None) -> None:
+    """Apply schema.sql to a database, that of DATABASE_URL by default: again and again, also while people vote.
 
-    Raises ValueError as `database_url`, psycopg.Error if the database refuses.
+    Raises ValueError as `database_url`, and psycopg.Error.
     """
-    with psycopg.connect(database_url(), autocommit=True) as connection:
+    with psycopg.connect(url or database_url(), autocommit=True, client_encoding="UTF8") as connection:
         connection.execute((FOLDER / "schema.sql").read_text())
 
 
+class Trouble(Enum):
+    """What became of a statement that failed."""
+
+    AWAY = "The database did not answer in time, and has not done it."
+    UNCERTAIN = "The connection was lost when it had been sent: it may have been done all the same."
+    REFUSED = "It breaks a constraint of the schema."
+    NOT_READY = "The database answers, but cannot do what it was asked for."
+
+
+class Unavailable(HTTPError):
+    """The answer 503 to one visitor, because of a Trouble with the database."""
+
+    def __init__(self, trouble: Trouble):
+        super().__init__(503, Retry_After=str(RETRY_AFTER))
+        self.trouble = trouble
+
+
 class Connection(psycopg.Connection):
-    """A connection on which no statement waits for ever, not even for a server that has frozen.
+    """A connection on which no statement goes on after the moment `give_up_at`, even if the server has frozen."""
 
-    After `patience` seconds it asks the server to cancel, and is not used again. A server that says it did has undone
-    the statement. Success proves nothing then: so ends a commit that waits for its standby no longer.
-    """
-
-    patience = 2
+    give_up_at = inf  # time.monotonic()
 
     def wait(self, gen, interval=0.1, timeout=None):
+        """Wait for a statement. psycopg calls this for every one (checked: 3.3.9; guarded by tests/test_faults.py)."""
+        if self.give_up_at < inf:
+            timeout = max(self.give_up_at - monotonic(), 0)
         try:
-            return super().wait(gen, interval, timeout or self.patience)
-        except psycopg.errors._WaitTimeout:
-            with closing(self):
-                self.cancel_safe(timeout=self.patience / 2)
-                super().wait(gen, interval, self.patience / 2)
-                raise
+            return super().wait(gen, interval, timeout)
+        except psycopg.OperationalError:
+            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # no answer came: it is our time-out
+                self.cancel_and_close(gen)
+            raise
+
+    def cancel_and_close(self, gen):
+        """Ask the server to cancel, and raise QueryCanceled if it says that it did: then nothing was done.
+
+        If it says that the statement was done, that proves nothing: so ends a commit that waits no longer for its
+        standby.
+        """
+        with closing(self):
+            self.cancel_safe(timeout=CANCEL_PATIENCE)
+            super().wait(gen, timeout=CANCEL_PATIENCE)
 
 
-def configure(connection):
-    """Do without prepared statements behind a pooler, where each may reach another server process."""
-    if connection.execute("SELECT pg_backend_pid()").fetchone() != (connection.info.backend_pid,):
-        connection.prepare_threshold = None
+class Pool(ConnectionPool):
+    """A pool that opens at its first use, so in the process that uses it, and trusts no silent connection.
+
+    name -- what the log calls it
+    size -- how many connections there are at most; none is kept while nobody comes
+    """
+
+    def __init__(self, name: str, size: int):
+        super().__init__(
+            database_url,
+            name=name,
+            connection_class=Connection,
+            kwargs={
+                "autocommit": True,  # a statement is a transaction: one message there and one back
+                "prepare_threshold": None,  # behind a pooler each statement may reach another server process
+                "client_encoding": "UTF8",  # whatever the database, a role or the environment say
+                "connect_timeout": 2,
+                "keepalives_idle": KEEPALIVE_PAUSE,
+                "keepalives_interval": KEEPALIVE_PAUSE,
+                "application_name": "catvote",
+            },
+            check=self.refuse_if_hung_up,
+            min_size=0,
+            max_size=size,
+            max_idle=UNUSED_TOO_LONG,
+            reconnect_timeout=2,
+            open=False,
+        )
+        self.used_at = monotonic()
+        atexit.register(self.close)
+
+    def getconn(self, timeout=None):
+        """Return a connection that works, as far as one can know without asking the server."""
+        self.open()
+        unused = monotonic() - self.used_at
+        self.used_at = monotonic()
+        if unused > UNUSED_TOO_LONG:
+            self.drain()
+        return super().getconn(timeout)
+
+    def refuse_if_hung_up(self, connection):
+        """Raise psycopg.OperationalError if the server has hung up; then the others have to go, too."""
+        socket = poll()  # a server says nothing on an idle connection but good-bye
+        socket.register(connection.fileno(), POLLIN)
+        if socket.poll(0):
+            connection.close()
+            self.drain()
+            raise psycopg.OperationalError("the server has hung up")
 
 
-def check(connection):
-    """Raise psycopg.Error if the server has hung up on an idle connection; then others have to go, too."""
-    socket = poll()  # all that a server tells an idle connection is good-bye: silence needs no answer
-    socket.register(connection.fileno(), POLLIN)
-    if socket.poll(0):
-        connection._pool.check()
-        ConnectionPool.check_connection(connection)
+# Votes that hang must not keep pages from the database: hence two pools.
+vote_pool = Pool("votes", CONNECTIONS_FOR_VOTES)
+page_pool = Pool("pages", CONNECTIONS_FOR_PAGES)
 
 
-# Two pools, so that votes that hang cannot keep pages from the database. Two workers hold at most
-# 8 connections, where small hosted plans allow 20. gunicorn.conf.py opens and closes the pools.
-SESSION = {"autocommit": True, "connect_timeout": 2, "application_name": "catvote"}
-pool_of = partial(ConnectionPool, DATABASE_URL, connection_class=Connection, kwargs=SESSION, configure=configure)
-vote_pool, page_pool = (pool_of(check=check, min_size=1, max_size=2, reconnect_timeout=2, open=False) for _ in range(2))
+def execute(pool: Pool, patience: float, statement: str, parameters: Sequence = ()) -> list[tuple]:
+    """Run one statement, a transaction of its own, and return its rows.
 
+    patience -- seconds for the statement; see CONNECTION_PATIENCE and CANCEL_PATIENCE for the rest
 
-def execute(pool, patience, statement, parameters=()):
-    """Run one statement, a transaction of its own, and return its rows, within 2.5 x `patience` seconds.
-
-    Raises HTTPError 503, `unconfirmed` if the statement may have been done all the same.
+    Raises Unavailable.
     """
     connection = None
     try:
-        with pool.connection(timeout=patience / 2) as connection:
-            connection.patience = patience
+        with pool.connection(timeout=CONNECTION_PATIENCE) as connection:
+            connection.give_up_at = monotonic() + patience
             cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
-    except psycopg.Error as error:
-        logging.getLogger("catvote").warning("database: %s", " ".join(str(error).split()) or type(error).__name__)
-        away = HTTPError(503, Retry_After="5")
-        # An ERROR undoes the statement. A connection lost, even with a last word, may have committed.
-        away.unconfirmed = connection is not None and error.diag.severity_nonlocalized != "ERROR"
-        raise away from error
+    except (psycopg.Error, ValueError) as error:  # ValueError: something in a row that is no text
+        log.warning("database: %s%s", " ".join(str(error).split()) or type(error).__name__, advice(error))
+        raise Unavailable(trouble_of(error, sent=connection is not None)) from error
 
 
-Reading = namedtuple("Reading", "begun rows outdated", defaults=[False])  # begun: monotonic seconds
+def trouble_of(error: Exception, sent: bool) -> Trouble:
+    """Return what an error means for a statement; `sent` if there was a connection to send it on."""
+    if not sent:
+        return Trouble.AWAY
+    if not is_undone(error):
+        return Trouble.UNCERTAIN
+    if isinstance(error, psycopg.errors.CheckViolation):
+        return Trouble.REFUSED
+    if isinstance(error, psycopg.errors.QueryCanceled):  # at our wish: see Connection
+        return Trouble.AWAY
+    return Trouble.NOT_READY
+
+
+def is_undone(error: Exception) -> bool:
+    """Return whether it is certain that the statement has changed nothing.
+
+    An ERROR undoes it. The last word of a lost connection does not, nor does the ERROR of a server that has lost
+    another one behind it. https://www.postgresql.org/docs/current/errcodes-appendix.html
+    """
+    if not isinstance(error, psycopg.Error):
+        return False
+    lost_behind_it = (error.sqlstate or "").startswith(("08", "40003"))
+    return error.diag.severity_nonlocalized == "ERROR" and not lost_behind_it
+
+
+def advice(error: Exception) -> str:
+    """Return what to tell the operator beside the database's own words."""
+    if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn):
+        return " (schema.sql is not applied, or an older one: make initdb)"
+    if isinstance(error, psycopg.errors.UniqueViolation):
+        return " (row_id lags behind rows that brought their own: make initdb)"
+    return ""
+
+
+# Tally and history: read now and then for everybody, not at each visit.
+
+
+class Reading(NamedTuple):
+    """The rows that a statement returned.
+
+    begun_at -- time.monotonic() when it was sent; they have every vote of before
+    outdated -- the database could not be read since
+    """
+
+    rows: list[tuple]
+    begun_at: float
+    outdated: bool = False
 
 
 class Reader:
-    """Keeps a statement's rows for `fresh` seconds, a quarter more while one visitor reads; outdated if that failed."""
+    """Runs one statement for all visitors, in a thread of its own, so that nobody has to wait for a slow database.
 
-    def __init__(self, statement, patience, fresh):
-        self.query, self.fresh = (page_pool, patience, statement), fresh
-        self.last, self.lock, self.retry_at = Reading(-fresh, None), Lock(), 0
+    patience -- seconds for the statement
+    refreshed_after -- age in seconds at which a new reading is begun, while visitors get the one there is
+    fresh -- age in seconds after which visitors wait for the new one
+    """
 
-    def latest(self, now=False):
-        """Return a Reading `fresh` enough or, if `now`, begun after this call, or outdated; or raise HTTPError 503."""
-        since = monotonic() - (0 if now else self.fresh)
-        last = self.last
-        # One visitor reads for all. The others wait `now` or if the rows are too old and not known to be outdated.
-        due = last.begun < since and monotonic() >= self.retry_at
-        if due and self.lock.acquire(blocking=now or (last.begun < since - self.fresh / 4 and not last.outdated)):
-            try:
-                # Another may have read, or failed to, while this one waited for the lock.
-                if self.last is last or not (self.last.outdated or self.last.begun >= since):
-                    self.last = Reading(monotonic(), tuple(execute(*self.query)))
-            except HTTPError:
-                self.last, self.retry_at = self.last._replace(outdated=True), monotonic() + self.fresh / 10
-            finally:
-                self.lock.release()
-        if self.last.rows is None:
-            raise HTTPError(503, Retry_After="5")
-        return self.last
+    def __init__(self, statement: str, patience: float, refreshed_after: float, fresh: float):
+        self.statement = statement
+        self.patience = patience
+        self.refreshed_after = refreshed_after
+        self.fresh = fresh
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.lock = Lock()  # for the three below
+        self.last = None  # the last Reading
+        self.newest = Future()  # what came, or will come, of the newest question: a Reading or a Trouble
+        self.newest.set_result(Trouble.AWAY)
+        self.asked_at = -inf
 
+    def at_once(self) -> Reading | None:
+        """Return a fresh Reading if there is one."""
+        reading = self.last
+        if reading is None or reading.outdated:
+            return None
+        age = monotonic() - reading.begun_at
+        if age > self.refreshed_after:
+            self.under_way()
+        return reading if age <= self.fresh else None
+
+    def latest(self) -> Reading:
+        """Return a fresh Reading, or the last one, marked as outdated. Raises Unavailable if there is none."""
+        reading = self.at_once()
+        if reading:
+            return reading
+        coming = self.under_way()
+        if self.last is None:
+            return self.wait_for(coming, FIRST_WAIT)
+        return self.wait_for(coming, self.asked_at + PAGE_WAIT - monotonic())
+
+    def from_now_on(self) -> Reading:
+        """Return a Reading begun after this call, or the last one, marked as outdated. Raises Unavailable."""
+        with self.lock:
+            if self.newest.running() or self.newest.done():
+                self.ask()
+            coming = self.newest
+        return self.wait_for(coming, VOTER_WAIT)
+
+    def under_way(self) -> Future:
+        """Return what will come of the question that the database has before it; ask if there is none."""
+        with self.lock:
+            if self.newest.done():
+                self.ask()
+            return self.newest
+
+    def ask(self) -> None:
+        """Have the statement run as soon as the thread is free."""
+        self.newest = self.thread.submit(self.read)
+        self.asked_at = monotonic()
+
+    def read(self) -> Reading | Trouble:
+        """Run the statement."""
+        begun_at = monotonic()
+        try:
+            rows = execute(page_pool, self.patience, self.statement)
+        except Unavailable as error:
+            sleep(RETRY_PAUSE)
+            return error.trouble
+        reading = Reading(rows, begun_at)
+        with self.lock:
+            self.last = reading
+        return reading
+
+    def wait_for(self, coming: Future, seconds: float) -> Reading:
+        """Return the Reading that comes within some seconds, else the last one, marked as outdated."""
+        try:
+            result = coming.result(max(seconds, 0))
+        except FutureTimeout:
+            result = Trouble.AWAY
+        if isinstance(result, Reading):
+            return result
+        with self.lock:
+            if self.last is None:
+                raise Unavailable(result)
+            if not self.last.outdated:
+                self.last = self.last._replace(outdated=True)
+            return self.last
+
+
+# No setting of the database, a role or the environment changes what these return.
+TALLY = "SELECT vote, votes FROM public.vote_totals"
+HISTORY = """
+    SELECT extract(epoch FROM hour)::bigint, vote, votes
+    FROM public.votes_by_hour
+    WHERE hour > now() - interval '30 days' AND hour <= now()
+"""
+tally_reader = Reader(TALLY, TALLY_PATIENCE, TALLY_REFRESHED_AFTER, TALLY_FRESH)
+history_reader = Reader(HISTORY, HISTORY_PATIENCE, HISTORY_REFRESHED_AFTER, HISTORY_FRESH)
+
+
+def votes_in_periods(rows: list[tuple], seconds: int, number: int) -> list[tuple[datetime, Counter]]:
+    """Return when each of the last `number` periods of so many seconds began, in UTC, and its votes for each cat."""
+    present = int(time()) // seconds
+    periods = {period: Counter() for period in range(present - number + 1, present + 1)}
+    for hour, vote, votes in rows:
+        period = hour // seconds
+        if period in periods:
+            periods[period][vote] += votes
+    return [(datetime.fromtimestamp(period * seconds, timezone.utc), votes) for period, votes in periods.items()]
+
+
+# Votes. The dear part of one is the commit, for which the server waits for its disk: so many share one.
 
 INSERT = "INSERT INTO public.votes (vote) SELECT unnest(%s::text[])"
-HISTORY = "SELECT hour, vote, votes FROM public.votes_by_hour WHERE hour > now() - interval '30 days'"
-tally_reader = Reader("SELECT vote, votes FROM public.vote_totals", patience=0.7, fresh=0.7)
-history_reader = Reader(HISTORY, patience=3, fresh=60)
-
-# For each cat the votes to store next, and what becomes of them: a cat that is gone spoils no other's.
-batches, joining, storing = defaultdict(lambda: ([], Future())), Lock(), Lock()
 
 
-def store(vote):
-    """Store a vote, in one statement with those that come while another runs; raise HTTPError as `execute` does."""
-    with joining:
-        votes, stored = batches[vote]
-        votes.append(vote)
-        first = len(votes) == 1
-        if len(votes) == 8:  # if their statement hangs, not all threads hang with it
-            del batches[vote]
-    if first:
-        in_turn = storing.acquire(timeout=0.1)  # seconds; if one takes longer, use the pool's other connection
-        with joining:
-            if batches[vote][0] is votes:
-                del batches[vote]
+class Batch:
+    """Votes that one statement stores.
+
+    outcome -- a Future, which one thread fills and others wait for: None if the votes are stored, else the Trouble
+    """
+
+    def __init__(self):
+        self.votes: list[str] = []
+        self.outcome = Future()
+
+
+class VoteStore:
+    """Stores votes: those that come while a statement runs are stored together by the next.
+
+    The first vote of a batch leads it. Its thread waits for its turn, while others join, and stores all of them.
+    """
+
+    def __init__(self):
+        self.gathering = Batch()
+        self.joining = Lock()
+        self.turn = Lock()
+
+    def store(self, vote: str) -> None:
+        """Return when a vote is committed. Raises Unavailable."""
+        batch, leads = self.join(vote)
+        if leads:
+            self.store_batch(batch)
+        trouble = batch.outcome.result()
+        if trouble is Trouble.REFUSED and len(batch.votes) > 1:  # perhaps for another's sake: nothing was stored
+            trouble = attempt([vote])
+        if trouble:
+            raise Unavailable(trouble)
+
+    def join(self, vote: str) -> tuple[Batch, bool]:
+        """Add a vote to the batch that is being gathered; return that, and whether the vote is its first."""
+        with self.joining:
+            batch = self.gathering
+            batch.votes.append(vote)
+            leads = len(batch.votes) == 1
+            if len(batch.votes) == VOTES_A_STATEMENT:
+                self.gathering = Batch()
+            return batch, leads
+
+    def store_batch(self, batch: Batch) -> None:
+        """Store a batch, in turn if that does not take too long, and let all its votes know."""
+        in_turn = self.turn.acquire(timeout=TURN_PATIENCE)
+        with self.joining:
+            if self.gathering is batch:
+                self.gathering = Batch()
+        outcome = Trouble.UNCERTAIN  # whatever happens here, nobody may wait for ever
         try:
-            stored.set_result(execute(vote_pool, 2, INSERT, [votes]))
-        except BaseException as error:  # noqa: BLE001 -- whatever it is, nobody may wait for ever
-            stored.set_exception(error)
-        if in_turn:
-            storing.release()
-    stored.result()
+            outcome = attempt(batch.votes)
+        finally:
+            batch.outcome.set_result(outcome)
+            if in_turn:
+                self.turn.release()
 
+
+def attempt(votes: list[str]) -> Trouble | None:
+    """Store votes by one statement; return None, or the Trouble."""
+    try:
+        execute(vote_pool, VOTE_PATIENCE, INSERT, [votes])
+    except Unavailable as error:
+        return error.trouble
+    return None
+
+
+vote_store = VoteStore()
+
+
+# Answers that are the same for everybody: made once for each reading, and given out until the next.
+
+
+ASK_AGAIN = "no-cache"  # a browser may keep it, but has to ask whether it is still the same
+KEPT_FOR_A_YEAR = "max-age=31536000, immutable"
+
+
+class Answer:
+    """A finished answer with an entity tag, which a visitor shows next time."""
+
+    def __init__(self, body: bytes, content_type: str, cache_control: str):
+        self.body = body
+        self.tag = f'"{sha256(body).hexdigest()[:16]}"'
+        self.kept_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
+        self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.kept_headers]
+
+    def to(self, environ: dict) -> tuple[str, list, list[bytes]]:
+        """Return status, headers and body: a 304 if the visitor has it already (RFC 9110, section 13.1.2)."""
+        known = environ.get("HTTP_IF_NONE_MATCH", "")
+        if self.tag in known or known.strip() == "*":
+            return "304 Not Modified", self.kept_headers, []
+        return "200 OK", self.headers, [self.body]
+
+
+class SharedPage:
+    """A page that is made once for each Reading.
+
+    reader -- where its Readings come from
+    make -- a function that turns a Reading into an Answer
+    """
+
+    def __init__(self, reader: Reader, make: Callable[[Reading], Answer]):
+        self.reader = reader
+        self.make = make
+        self.made = (None, None)  # a Reading, and the Answer made of it
+
+    def of(self, reading: Reading) -> Answer:
+        """Return the Answer made of a Reading."""
+        made_of, answer = self.made
+        if made_of is not reading:
+            answer = self.make(reading)
+            self.made = (reading, answer)
+        return answer
+
+    def finished(self) -> Answer | None:
+        """Return the Answer if it is made already, and fresh."""
+        made_of, answer = self.made
+        return answer if made_of and made_of is self.reader.at_once() else None
+
+
+def render(view: str, **values) -> str:
+    """Fill a view, views/NAME.tpl, with these values and those that many views need."""
+    return template(view, values, SHARED_VALUES, template_lookup=VIEWS)
+
+
+def static_url(name: str) -> str:
+    """Return the address of a file in static/; it changes with the files, so that a browser may keep them."""
+    return f"/static/{name}?{PRESENT_VERSION}"
+
+
+SHARED_VALUES = {
+    "candidates": CANDIDATES,
+    "title": TITLE,
+    "question": QUESTION,
+    "summary": SUMMARY,
+    "site_url": SITE_URL,
+    "static_url": static_url,
+}
+
+
+def html(text: str) -> Answer:
+    """Return the Answer with a page, which a browser may keep but has to ask for again."""
+    return Answer(text.encode(), "text/html; charset=utf-8", ASK_AGAIN)
+
+
+def make_index(reading: Reading, voted: str | None = None) -> Answer:
+    """Return the page with the cats; with thanks if one was voted for."""
+    counts = dict(reading.rows)
+    votes = {cat: counts.get(cat, 0) for cat in CANDIDATES}
+    thanked = CANDIDATES.get(voted)
+    return html(render("index", votes=votes, thanked=thanked, outdated=reading.outdated))
+
+
+def make_tally_json(reading: Reading) -> Answer:
+    """Return the tally for scripts."""
+    return Answer(json.dumps(dict(reading.rows)).encode(), "application/json", ASK_AGAIN)
+
+
+def make_history(reading: Reading) -> Answer:
+    """Return the page with the votes of the last 48 hours and 30 days."""
+    charts = {
+        "hour": votes_in_periods(reading.rows, seconds=3600, number=48),
+        "day": votes_in_periods(reading.rows, seconds=86400, number=30),
+    }
+    return html(render("history", charts=charts, outdated=reading.outdated))
+
+
+index_page = SharedPage(tally_reader, make_index)
+voter_pages = {cat: SharedPage(tally_reader, partial(make_index, voted=cat)) for cat in CANDIDATES}
+tally_page = SharedPage(tally_reader, make_tally_json)
+history_page = SharedPage(history_reader, make_history)
+shared_pages = {"/": index_page, "/tally.json": tally_page, "/history": history_page}
+
+
+def make_file(file: Path) -> Answer:
+    """Return the Answer with a static file, by an address that names the present version."""
+    content_type, _ = mimetypes.guess_type(file.name)
+    return Answer(file.read_bytes(), content_type or "application/octet-stream", KEPT_FOR_A_YEAR)
+
+
+files = {f"/{file.relative_to(FOLDER).as_posix()}": make_file(file) for file in STATIC_FILES}
 
 # Request handlers
+
+routes = Bottle()
 
 
 @routes.get("/")
 def index():
     """The page; `?voted=CAT` adds thanks and a tally that includes that vote, whichever worker answers."""
-    voted = request.query.voted
-    return conditional(page(tally_reader.latest(now=bool(voted)), voted, request.environ["catvote.origin"]))
-
-
-@lru_cache(maxsize=64)
-def page(reading, voted, origin):
-    """Return the answer with the page, made once for all who see the same."""
-    return answer(view("index", votes=dict(reading.rows), outdated=reading.outdated, voted=voted, origin=origin))
+    voter_page = voter_pages.get(request.query.voted)
+    if voter_page:
+        return give(voter_page.of(tally_reader.from_now_on()))
+    return give(index_page.of(tally_reader.latest()))
 
 
 @routes.get("/tally.json")
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
     reading = tally_reader.latest()
-    tally = answer(json.dumps(dict(reading.rows)), "application/json")
+    answer = give(tally_page.of(reading))
     if reading.outdated:
-        tally.set_header("Age", int(monotonic() - reading.begun))
-    return conditional(tally)
+        answer.set_header("Age", str(int(monotonic() - reading.begun_at)))
+    return answer
 
 
 @routes.get("/history")
 def history():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    _, rows, outdated = history_reader.latest()
-    this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
-    hours = {this_hour - timedelta(hours=number): Counter() for number in reversed(range(30 * 24))}
-    days = {hour.date(): Counter() for hour in hours}
-    for hour, vote, votes in rows:
-        hours.get(hour, {})[vote] = votes
-        days.get(hour.date(), Counter())[vote] += votes
-    hours, days = [*hours.items()][-48:], [*days.items()][-30:]
-    return conditional(answer(view("history", hours=hours, days=days, outdated=outdated)))
+    return give(history_page.of(history_reader.latest()))
+
+
+def give(answer: Answer) -> HTTPResponse:
+    """Return what this visitor gets of an answer that is the same for everybody."""
+    status, headers, body = answer.to(request.environ)
+    return HTTPResponse(b"".join(body), status, headers)
 
 
 @routes.post("/add")
@@ -238,98 +641,140 @@ def add():
     """Store a vote. The 303 (RFC 9110, section 15.4.4) is a promise: that vote is committed."""
     refuse_cross_site()
     vote = read_vote()
-    if vote not in dict(tally_reader.latest().rows):
+    if vote not in CANDIDATES:
         raise HTTPError(400, "There is no such cat, so no vote was counted.")
-    store(vote)
+    try:
+        vote_store.store(vote)
+    except Unavailable as error:
+        if error.trouble is Trouble.REFUSED:
+            raise HTTPError(400, "The database knows no such cat, so no vote was counted.") from error
+        raise
     return HTTPResponse(status=303, headers={"Location": f"/?voted={quote(vote)}", "Cache-Control": "no-store"})
 
 
-def refuse_cross_site():
+def refuse_cross_site() -> None:
     """Raise 403 for a page of another site, by the rule of https://pkg.go.dev/net/http#CrossOriginProtection."""
-    site, origin, host = (request.environ.get("HTTP_" + name, "") for name in ("SEC_FETCH_SITE", "ORIGIN", "HOST"))
-    same_host = host and origin.lower().partition("://")[2] == host.lower()
-    if site not in ("same-origin", "none") and (site or (origin and not same_host)):
-        raise HTTPError(403, "Votes from pages of other sites are not counted.")
+    refusal = HTTPError(403, "Votes from pages of other sites are not counted.")
+    site = request.environ.get("HTTP_SEC_FETCH_SITE")
+    if site in ("same-origin", "none"):
+        return
+    if site:
+        raise refusal
+    origin = request.environ.get("HTTP_ORIGIN")
+    if not origin:  # not a browser
+        return
+    host = request.environ.get("HTTP_HOST", "")
+    if not host or origin.lower().partition("://")[2] != host.lower():
+        log.warning(
+            "refused a vote: Origin %r, Host %r; a proxy in front has to hand on the visitor's Host", origin, host
+        )
+        raise refusal
 
 
-def read_vote():
-    """Return the field `vote` of the form sent; raise 413 if it is too long, 400 if it is not one vote."""
+def read_vote() -> str:
+    """Return the field `vote` of the form sent. Raises 413 if the form is too long, 400 if it is not one vote."""
+    body = read_body()
+    if len(body) > FORM_LIMIT:
+        raise HTTPError(413, "That is far too much for a vote, so none was counted.")
     try:
-        body = request.environ["wsgi.input"].read(FORM_LIMIT + 1)
-        if len(body) <= FORM_LIMIT:
-            (vote,) = parse_form_data(request.environ | {"wsgi.input": BytesIO(body)}, strict=True)[0].getall("vote")
-            return vote
-    except Exception as error:  # each server has its own for a body that is broken off
+        form, _ = parse_form_data(request.environ | {"wsgi.input": BytesIO(body)}, strict=True)
+        (vote,) = form.getall("vote")
+    except (ValueError, LookupError) as error:  # no form, no such character set, no vote, or two
         raise HTTPError(400, "The form did not arrive as one vote, so none was counted.") from error
-    raise HTTPError(413, "That is far too much for a vote, so none was counted.")
+    return vote
+
+
+def read_body() -> bytes:
+    """Return the body sent, or its first FORM_LIMIT + 1 bytes. Raises 400 if it is broken off."""
+    try:
+        return request.environ["wsgi.input"].read(FORM_LIMIT + 1)
+    except Exception as error:  # each server has its own for that, none that they share
+        raise HTTPError(400, "The form did not arrive whole, so no vote was counted.") from error
 
 
 @routes.get("/healthz")
 def healthz():
-    """200 while the database answers, for a platform that asks; else 503."""
-    execute(page_pool, 0.7, "SELECT 1")
+    """200 while the database answers and has the schema, for a platform that asks; else 503."""
+    execute(page_pool, TALLY_PATIENCE, "SELECT FROM public.vote_totals, public.votes_by_hour LIMIT 0")
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
 
 @routes.get("/static/<path:path>")
 def static(path):
-    """A file; for a year if its address names the present version, else to be asked for again."""
-    file = static_file(path, root=FOLDER / "static", etag=False)
+    """A file or a part of it; for a year if its address names the present version, else to be asked for again."""
+    known = files.get(request.path)
+    if known and "HTTP_IF_NONE_MATCH" in request.environ:  # it wins over a date (RFC 9110, section 13.1.3)
+        file = give(known)
+    else:
+        file = static_file(path, root=STATIC, etag=known.tag if known else False)
     if file.status_code < 400:
-        del file.headers["Date"]  # gunicorn sends one
-        file.set_header("Cache-Control", "max-age=31536000, immutable" if request.query.v == VERSION else "no-cache")
+        file.headers.pop("Date", None)  # the server sends one
+        file.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == PRESENT_VERSION else ASK_AGAIN)
     return file
 
 
-def answer(text, content_type="text/html; charset=utf-8"):
-    """Return an answer with an entity tag, which a visitor shows next time."""
-    body = text.encode()
-    headers = {"Content-Type": content_type, "Content-Length": len(body), "Cache-Control": "no-cache"}
-    return HTTPResponse(body, headers=headers, ETag=f'"{sha256(body).hexdigest()[:16]}"')
-
-
-def conditional(answer):
-    """Return the answer, or 304 if the visitor has it already (RFC 9110, section 13.1.2)."""
-    known = answer.headers["ETag"] in request.environ.get("HTTP_IF_NONE_MATCH", "")
-    return HTTPResponse(status=304, headers=answer.headerlist) if known else answer
-
-
-def error_page(error):
-    """Return the page for an error, whoever raised it."""
+def error_page(error: HTTPError) -> str:
+    """Return the answer to an error, whoever raised it."""
+    if DEVELOPMENT and error.status_code == 500:
+        return Bottle.default_error_handler(routes, error)  # the traceback
     response.set_header("Cache-Control", "no-store")
     if error.status_code == 405:
         response.set_header("Allow", response.get_header("Allow").replace("GET", "GET, HEAD"))
-    outcome = "could not be confirmed" if getattr(error, "unconfirmed", False) else "was not counted"
-    away = "The database does not answer" + (f": your vote {outcome}." if request.method == "POST" else ".")
-    return view("error", status=error.status_code, message=error.body or away)
+    if request.path == "/tally.json":
+        response.content_type = "application/json"
+        return json.dumps({"error": error.status_line})
+    trouble = getattr(error, "trouble", None)
+    return render(
+        "error", status=error.status_code, message=error.body, trouble=trouble, voting=request.method == "POST"
+    )
 
 
 routes.default_error_handler = error_page
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
-    "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
-    "X-Content-Type-Options": "nosniff",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-    "Referrer-Policy": "same-origin",  # with no-referrer Chromium sends our own form as of origin null
-}
-HTTPS_HEADERS = HEADERS | {"Strict-Transport-Security": "max-age=31536000"}
-headers_of = lru_cache(maxsize=64)(HTTPResponse.headerlist.fget)  # Bottle makes the list anew each time
+bottle.debug(DEVELOPMENT)
+
+# WSGI
+
+SECURITY_HEADERS = [
+    (
+        "Content-Security-Policy",
+        "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
+        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    ),
+    ("Permissions-Policy", "camera=(), geolocation=(), microphone=()"),
+    ("X-Content-Type-Options", "nosniff"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "same-origin"),  # with no-referrer Chromium sends our own form as of origin null
+]
+SECURITY_HEADERS_OF_HTTPS = [*SECURITY_HEADERS, ("Strict-Transport-Security", "max-age=31536000")]
 
 
 def app(environ, start_response):
-    """The WSGI application (PEP 3333): Bottle's answer, whatever it is, with HEADERS added."""
-    origin = environ["catvote.origin"] = environ["wsgi.url_scheme"] + "://" + environ.get("HTTP_HOST", "")
-    extra = list((HTTPS_HEADERS if origin.startswith("https") else HEADERS).items())
-    # Most requests are for the plain page, which needs no routing while its tally is fresh.
-    plain = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"] == "/" and not environ.get("QUERY_STRING")
-    reading = tally_reader.last
-    if plain and "HTTP_IF_NONE_MATCH" not in environ and monotonic() - reading.begun < tally_reader.fresh:
-        with suppress(Exception):  # Bottle will meet it again and answer
-            kept = page(reading, "", origin)
-            start_response("200 OK", headers_of(kept) + extra)
-            return [kept.body]
+    """The WSGI application (PEP 3333): a finished answer if there is one, else Bottle's; with security headers."""
+    https = environ["wsgi.url_scheme"] == "https"
+    security_headers = SECURITY_HEADERS_OF_HTTPS if https else SECURITY_HEADERS
+
+    def start_securely(status, headers, *error):
+        return start_response(status, headers + security_headers, *error)
+
+    answer = finished_answer(environ)
+    if answer:
+        status, headers, body = answer.to(environ)
+        start_securely(status, headers)
+        return body
     # Bottle drops bytes that are not UTF-8, which would make / of /%FF; no path of ours has any.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()
-    return routes(environ, lambda status, headers, *error: start_response(status, headers + extra, *error))
+    return routes(environ, start_securely)
+
+
+def finished_answer(environ: dict) -> Answer | None:
+    """Return the answer to a plain question if it is made already. Most are so, and need no routing."""
+    if environ["REQUEST_METHOD"] != "GET":
+        return None
+    path, query = environ["PATH_INFO"], environ.get("QUERY_STRING")
+    if not query:
+        page = shared_pages.get(path)
+        return page.finished() if page else None
+    if query == PRESENT_VERSION and "HTTP_RANGE" not in environ:
+        return files.get(path)
+    return None

@@ -8,17 +8,26 @@ headings = {
     503: "The bakery is closed for a moment",
 }
 heading = headings.get(status, "Something got burnt")
-rebase("layout", title=heading)
+rebase("layout", heading=heading)
+*_, last = candidates.values()
+uncertain = voting and trouble and trouble.name == "UNCERTAIN"
 %>
-<img src="{{static_url("pita.svg")}}" alt="" width="200" height="200">
+<img src="{{static_url(last.picture)}}" alt="" width="200" height="200">
 <h1>{{heading}}</h1>
-% if status in (400, 403, 413, 503):
+% if trouble and trouble.name == "NOT_READY":
+<p class="intro">Something is wrong with our database\\
+% elif trouble:
+<p class="intro">Our database does not answer\\
+% elif status in (400, 403, 413):
 <p class="intro">{{message}}</p>
 % end
-% if "could not be confirmed" in message:
+% if trouble:
+{{": your vote could not be confirmed." if uncertain else ": your vote was not counted." if voting else "."}}</p>
+% end
+% if uncertain:
 <p><a class="step" href="/">Look at the tally before you vote again</a></p>
-% elif status == 503:
+% elif trouble:
 <p><a class="step" href="/">Try again in a few seconds</a></p>
 % else:
-<p><a class="step" href="/">Go to the cats</a></p>
+<p><a class="step" href="/">Back to the vote</a></p>
 % end

@@ -1,28 +1,27 @@
-% rebase("layout", title="Vote: it's your civic duty")
 <%
-cats = {
-    "Gummi": ("Fruit Gummi", "A black and white cat in a donut with pink icing, a gummi bear on top."),
-    "Pita": ("Pita", "A ginger cat in a donut with chocolate icing, whipped cream on top."),
-}
+rebase("layout", heading=title)
 total = sum(votes.values())
-shares = {cat: 100 * count / (total or 1) for cat, count in votes.items()}
+most = max(votes.values())
+leaders = [cat for cat in votes if votes[cat] == most]
+left = 0
 %>
-<h1>Vote: it's your civic duty</h1>
-% if voted in cats:
-<p class="intro" role="status" tabindex="-1" autofocus>Thank you! Your vote for <strong>{{cats[voted][0]}}</strong> counts.</p>
+<h1>{{title}}</h1>
+% if thanked:
+<p class="intro" role="status" tabindex="-1" autofocus>Thank you! Your vote for <strong>{{thanked.name}}</strong> counts.</p>
 % else:
-<p class="intro">Two cats dressed as donuts: which one do you like better?</p>
+<p class="intro">{{question}}</p>
 % end
 
 <form method="post" action="/add">
-% for cat, count in votes.items():
-%   (name, description), share = cats[cat], shares[cat]
-<div class="cat">
+% for number, (cat, candidate) in enumerate(candidates.items(), start=1):
+%   count = votes[cat]
+%   share = 100 * count / (total or 1)
+<div class="cat icing-{{number}}">
 <button type="submit" name="vote" value="{{cat}}">
-<img src="{{static_url(cat.lower() + ".svg")}}" alt="{{description}}" width="400" height="400">
-<span>Vote for <strong>{{name}}</strong></span>
+<img src="{{static_url(candidate.picture)}}" alt="{{candidate.description}}" width="400" height="400">
+<span>Vote for <strong>{{candidate.name}}</strong></span>
 </button>
-<p class="lead" data-lead="{{cat}}" {{"" if share > 50 else "hidden"}}>In the lead</p>
+<p class="lead" data-lead="{{cat}}" {{"" if leaders == [cat] else "hidden"}}>In the lead</p>
 <p class="count"><strong data-votes="{{cat}}">{{"{:,}".format(count)}}</strong> <span data-noun="{{cat}}">{{"vote" if count == 1 else "votes"}}</span></p>
 <p class="share" data-share="{{cat}}">{{"<1" if 0 < share < 1 else ">99" if 99 < share < 100 else "{:.0f}".format(share)}}%</p>
 </div>
@@ -34,10 +33,14 @@ shares = {cat: 100 * count / (total or 1) for cat, count in votes.items()}
 % if not total:
 <text x="50%" y="50%">No votes yet</text>
 % end
-% for cat, share in shares.items():
-<rect data-bar="{{cat}}" width="{{share}}%" height="100%"/>
+% for number, cat in enumerate(candidates, start=1):
+%   share = 100 * votes[cat] / (total or 1)
+<rect class="icing-{{number}}" data-bar="{{cat}}" x="{{left}}%" width="{{share}}%" height="100%"/>
+%   left += share
 % end
-<line x1="50%" x2="50%" y2="100%"/>
+% for number in range(1, len(candidates)):
+<line x1="{{100 * number / len(candidates)}}%" x2="{{100 * number / len(candidates)}}%" y2="100%"/>
+% end
 </svg>
 <p id="outdated" {{"" if outdated else "hidden"}}>The live count is interrupted: these are the last known votes.</p>
 <script type="module" src="{{static_url("catvote.js")}}"></script>

@@ -3,17 +3,17 @@
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}}</title>
-<meta name="description" content="Two cats dressed as donuts, Pita and Fruit Gummi, want your vote. See live who leads.">
-% if defined("origin"):
+<title>{{heading}}</title>
+<meta name="description" content="{{summary}}">
+% if site_url:
 <meta property="og:type" content="website">
 <meta property="og:title" content="{{title}}">
-<meta property="og:description" content="Two cats dressed as donuts, Pita and Fruit Gummi, want your vote.">
-<meta property="og:url" content="{{origin}}/">
-<meta property="og:image" content="{{origin}}{{static_url("card.png")}}">
+<meta property="og:description" content="{{summary}}">
+<meta property="og:url" content="{{site_url}}/">
+<meta property="og:image" content="{{site_url}}{{static_url("card.png")}}">
 <meta property="og:image:width" content="1200">
 <meta property="og:image:height" content="630">
-<meta property="og:image:alt" content="Two cats, each with its head through a donut">
+<meta property="og:image:alt" content="{{question}}">
 <meta name="twitter:card" content="summary_large_image">
 % end
 <meta name="color-scheme" content="light dark">
@@ -27,6 +27,6 @@
 <main>
 {{!base}}
 </main>
-<footer>All we store is the cat and the time: no name, no cookie.</footer>
+<footer>All we store is the vote and the time: no name, no cookie.</footer>
 </body>
 </html>
