@@ -3,11 +3,12 @@
 from functools import partial
 
 from bench.contestants import databases_of_pgbench, linked_files, start_compared, start_grown
-from bench.turns import half, once, pgbench, wrk
+from bench.turns import first, half, pgbench, wrk
 
 COLUMNS = ["catvote", "without database", "bare Bottle", "the Flask way", "the async way", "pgbench"]
 POLLS = 10
 GROWTH_SECONDS = 1  # one visitor at a time sends enough requests in that time
+FLASK_SECONDS = 5  # but a page that counts ten million votes takes as long
 # Measures of contestants beside each other, and what their rows are called
 COMPARED = {
     "page": "`GET /`",
@@ -70,20 +71,18 @@ def compared(contestants, with_hours, seconds):
 def grown(contestants, sizes):
     """Return {measure: {number of votes: what to call for a turn}} for GROWN. One visitor at a time."""
 
-    def load(request, votes=True):
+    def load(request, way="catvote", seconds=GROWTH_SECONDS, votes=True):
         options = {"connections": 1, "votes": votes}
-        return {
-            size: partial(wrk, contestants["catvote", size], GROWTH_SECONDS, [request], **options) for size in sizes
-        }
+        return {size: partial(wrk, contestants[way, size], seconds, [request], **options) for size in sizes}
 
     return {
         "page-grown": load("GET /"),
         "voted-grown": load("GET /?voted=Pita"),
         "vote-grown": load("POST /add"),
-        "history-first": {size: partial(once, contestants["catvote", size], "/history", True) for size in sizes},
+        "history-first": {size: partial(first, contestants["catvote", size], "/history") for size in sizes},
         # Nobody votes: with none stored, the page that says so is not to be another one meanwhile.
         "history-later": load("GET /history", votes=False),
-        "flask-grown": {size: partial(once, contestants["the Flask way", size], "/") for size in sizes},
+        "flask-grown": load("GET /", "the Flask way", FLASK_SECONDS),
     }
 
 

@@ -29,7 +29,8 @@ FASTER = [
     ("visit", "the async way", 1.8),
     ("vote", "pgbench", 0.3),
 ]
-# measure, how many times as long it may take with the most votes as with none
+# measure, how many times as long it may take with the most votes as with none; the history of none is a shorter page,
+# so it is compared with fewer votes, too
 STEADY = [("page-grown", 1.1), ("vote-grown", 1.1), ("history-first", 2), ("history-later", 1.1)]
 FIRST_HISTORY = 50  # milliseconds for the first with the most votes
 MIX_P99 = 30  # milliseconds
@@ -65,15 +66,18 @@ class Goal(NamedTuple):
         return ("met" if self.holds(median(figures)) else "NOT MET") + suffix
 
 
+def values(rounds, figure):
+    """Return a figure of each round, as a Turn calls it; nothing, if a request failed."""
+    return [] if any(turn.failed for turn in rounds) else [getattr(turn, figure) for turn in rounds]
+
+
 def ratios(turns, measure, one, other, figure):
     """Return for each round a figure of one column, as a Turn calls it, divided by that of the other.
 
     Nothing, if a request failed.
     """
-    pairs = list(zip(turns[measure][one], turns[measure][other]))
-    if any(turn.failed for pair in pairs for turn in pair):
-        return []
-    return [getattr(first, figure) / getattr(second, figure) for first, second in pairs]
+    ours, theirs = values(turns[measure][one], figure), values(turns[measure][other], figure)
+    return [first / second for first, second in zip(ours, theirs)]
 
 
 def goals_of(turns):
@@ -85,24 +89,23 @@ def goals_of(turns):
             yield Goal(f"{COMPARED[measure]}: times as many as {other}", ">=", bound, faster, cheaper)
     for measure, bound in STEADY:
         if measure in turns:
-            none, most = min(turns[measure]), max(turns[measure])
-            longer = ratios(turns, measure, most, none, "p50")
-            dearer = [] if measure == "history-first" else ratios(turns, measure, most, none, "cpu")
-            label = f"{GROWN[measure]}: time with {most:,} votes, times that with none"
-            yield Goal(label, "<=", bound, longer, dearer)
+            none, fewer, most = turns[measure]
+            for size in (none, fewer) if "history" in measure else (none,):
+                longer = ratios(turns, measure, most, size, "p50")
+                dearer = [] if measure == "history-first" else ratios(turns, measure, most, size, "cpu")
+                yield Goal(f"{GROWN[measure]}: time with {most:,} votes to {size:,}", "<=", bound, longer, dearer)
     if "history-first" in turns:
         most = max(turns["history-first"])
-        firsts = turns["history-first"][most]
-        times = [] if any(turn.failed for turn in firsts) else [turn.p50 for turn in firsts]
+        times = values(turns["history-first"][most], "p50")
         yield Goal(f"{GROWN['history-first']}: milliseconds with {most:,} votes", "<=", FIRST_HISTORY, times, [])
     if "hours" in turns:
         dearer = ratios(turns, "hours", "with hours", "without hours", "cpu")
         yield Goal("a vote: PostgreSQL's CPU with the hours, times that without", "<=", HOURS_COST, [], dearer)
     if "mix" in turns:
-        times = [turn.p99 for turn in turns["mix"]["catvote"]]
+        times = values(turns["mix"]["catvote"], "p99")
         yield Goal(f"{COMPARED['mix']}: p99 in milliseconds", "<=", MIX_P99, times, [])
     if "half" in turns:
-        spreads = [turn.p99 / turn.p50 for turn in turns["half"]["catvote"]]
+        spreads = values(turns["half"]["catvote"], "spread")
         yield Goal(f"{COMPARED['half']}: p99 / p50", "<=", HALF_SPREAD, spreads, [])
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from http.client import HTTPConnection
@@ -41,6 +42,10 @@ class Turn(NamedTuple):
     @property
     def cpu(self):
         return self.service + self.database
+
+    @property
+    def spread(self):
+        return self.p99 / self.p50
 
 
 def processes(master):
@@ -101,6 +106,7 @@ def wrk(contestant, seconds, plan, unit=1, rest=0, connections=CONNECTIONS, vote
         output, used = run(command, contestant.process, contestant.database.postgres.child_process)
     result = json.loads(output.splitlines()[-1])
     if result["failed"] or not result["requests"]:
+        print(f"{result['failed']} of {result['requests']} requests failed, among {set(plan)}", file=sys.stderr)
         return Turn(failed=True)
     units = result["requests"] / unit
     cpu = [1e6 * seconds / units for seconds in used]
@@ -114,16 +120,13 @@ def half(contestant, seconds, plan):
     return bears if bears.failed else wrk(contestant, seconds, plan, rest=2000 * CONNECTIONS / bears.rate)
 
 
-def once(contestant, path, restart=False):
-    """Ask for a path, once; return a Turn that knows only the time of it.
+def first(contestant, path):
+    """Start a service anew and ask for a path, once; return a Turn that knows only the time of it.
 
-    restart -- whether the service shall have started just before
-
-    Its page is asked for first, on the same connection: so neither connecting nor the start is part of the time.
+    Its page is asked for before, on the same connection: so neither connecting nor the start is part of the time.
     """
     contestant.empty()
-    if restart:
-        contestant.restart()
+    contestant.restart()
     connection = HTTPConnection("127.0.0.1", contestant.port, timeout=60)
     connection.request("GET", "/")
     connection.getresponse().read()
