@@ -79,7 +79,7 @@ report: $(NEEDED) ## Show the votes, in total and by day
 	@exec $(WITH_DATABASE) 'echo "$$REPORT" | $(PSQL)'
 
 bench: test-packages ## Measure how much the service bears
-	@exec .venv/bin/python tests/bench.py
+	@exec .venv/bin/python -m bench
 
 scale: packages ## Serve as make run does, by two services behind nginx
 	@exec .venv/bin/python -m scale.nginx

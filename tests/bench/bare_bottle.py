@@ -1,17 +1,37 @@
-"""The ceiling: as little as Bottle can do. A constant for a page, and a form that is read and answered, not stored."""
+"""The ceiling: as little as Bottle can do. Constants for pages, and a form that is read and answered, not stored."""
 
 import os
 from pathlib import Path
 
-from bottle import Bottle, HTTPResponse, request
+from bottle import Bottle, HTTPResponse, request, response, static_file
 
-PAGE = Path(os.environ["PAGES"], "page.html").read_bytes()
+PAGES = Path(os.environ["PAGES"])
+STATIC = Path(__file__).parents[2] / "static"
+PAGE = PAGES.joinpath("page.html").read_bytes()
+HISTORY = PAGES.joinpath("history.html").read_bytes()
+TALLY = PAGES.joinpath("tally.json").read_bytes()
 app = Bottle()
 
 
 @app.get("/")
 def index():
     return PAGE
+
+
+@app.get("/history")
+def history():
+    return HISTORY
+
+
+@app.get("/tally.json")
+def tally():
+    response.content_type = "application/json"
+    return TALLY
+
+
+@app.get("/static/<path:path>")
+def static(path):
+    return static_file(path, root=STATIC)
 
 
 @app.post("/add")
