@@ -269,13 +269,14 @@ def trouble_of(error: Exception, sent: bool) -> Trouble:
 def is_undone(error: Exception) -> bool:
     """Return whether it is certain that the statement has changed nothing.
 
-    An ERROR undoes it. The last word of a lost connection does not, nor does the ERROR of a server that has lost
-    another one behind it. https://www.postgresql.org/docs/current/errcodes-appendix.html
+    An ERROR undoes it. The last word of a lost connection does not, nor does an ERROR that says the outcome is not
+    known: a connection behind the server was lost (class 08), completion unknown (40003), internal error (class XX).
+    https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
     if not isinstance(error, psycopg.Error):
         return False
-    lost_behind_it = (error.sqlstate or "").startswith(("08", "40003"))
-    return error.diag.severity_nonlocalized == "ERROR" and not lost_behind_it
+    outcome_is_unknown = (error.sqlstate or "").startswith(("08", "40003", "XX"))
+    return error.diag.severity_nonlocalized == "ERROR" and not outcome_is_unknown
 
 
 def advice(error: Exception) -> str:
@@ -734,12 +735,12 @@ bottle.debug(DEVELOPMENT)
 
 # WSGI
 
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; connect-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
 SECURITY_HEADERS = [
-    (
-        "Content-Security-Policy",
-        "default-src 'none'; img-src 'self'; style-src 'self'; script-src 'self'; "
-        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    ),
+    ("Content-Security-Policy", CONTENT_SECURITY_POLICY),
     ("Permissions-Policy", "camera=(), geolocation=(), microphone=()"),
     ("X-Content-Type-Options", "nosniff"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
