@@ -88,9 +88,8 @@ def compare_open_pages(ways):
         cells = []
         for way in ways:
             borne = turn(*way, ["POLL /tally.json"], OPEN_SECONDS, pages, 1000 * POLLED_EVERY)
-            cores = borne.rate * borne.cpu / 1e6
             answered = f"{100 * borne.rate / wanted:.0f} %, 99 of 100 within {borne.p99:.0f} ms, {borne.failed} failed"
-            cells.append(f"{answered}; {pages / cores:,.0f} a core")
+            cells.append(f"{answered}; {1e6 * POLLED_EVERY / borne.cpu:,.0f} a core")
             time.sleep(1)
         print(f"| {pages:,} | {wanted:,.0f} | {cells[0]} | {cells[1]} |", flush=True)
 
