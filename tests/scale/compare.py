@@ -2,8 +2,8 @@
 
     python -m scale.compare
 
-One service alone and two behind nginx take turns of two seconds, on one machine and one database. Figures are medians
-of the rounds, ratios medians of those within a round.
+One service alone, with two workers, and two behind nginx, with one each, take turns of two seconds, on one machine and
+one database. Figures are medians of the rounds, ratios medians of those within a round.
 """
 
 import json
@@ -39,11 +39,13 @@ class Turn(NamedTuple):
     rate -- answers a second
     p99 -- milliseconds that 99 of 100 answers took at most
     cpu -- microseconds of CPU for an answer: of nginx, services and PostgreSQL
+    failed -- requests without an answer, or with an error
     """
 
     rate: float
     p99: float
     cpu: float
+    failed: int
 
 
 def turn(url, masters, plan, seconds=SECONDS, connections=CONNECTIONS, rest=0):
@@ -56,9 +58,8 @@ def turn(url, masters, plan, seconds=SECONDS, connections=CONNECTIONS, rest=0):
     command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={seconds}s", "--timeout=30s"]
     printed, used = run([*command, f"--script={FOLDER}/load.lua", url, "--", rest, *plan], *masters)
     result = json.loads(printed.splitlines()[-1])
-    if result["failed"]:
-        raise RuntimeError(f"{result['failed']} of {result['requests']} requests to {url} failed.")
-    return Turn(result["requests"] / result["seconds"], result["p99"], 1e6 * sum(used) / max(result["requests"], 1))
+    requests = max(result["requests"], 1)
+    return Turn(result["requests"] / result["seconds"], result["p99"], 1e6 * sum(used) / requests, result["failed"])
 
 
 def compare_rates(ways):
@@ -68,6 +69,8 @@ def compare_rates(ways):
     for label, request in MEASURES.items():
         rounds = [[turn(*way, [request]) for way in ways] for _ in range(ROUNDS)]
         alone, behind = (Turn(*map(median, zip(*turns))) for turns in zip(*rounds))
+        if any(turn.failed for turns in rounds for turn in turns):
+            raise RuntimeError(f"Requests failed: {label}")
         ratios = [with_nginx.rate / without.rate for without, with_nginx in rounds]
         print(
             f"| {label} | {alone.rate:,.0f} | {behind.rate:,.0f} "
@@ -85,9 +88,8 @@ def compare_open_pages(ways):
         cells = []
         for way in ways:
             borne = turn(*way, ["POLL /tally.json"], OPEN_SECONDS, pages, 1000 * POLLED_EVERY)
-            cores = borne.rate * borne.cpu / 1e6
-            share = f"{100 * borne.rate / wanted:.0f} % answered, 99 of 100 within {borne.p99:.0f} ms"
-            cells.append(f"{share}, {cores:.2f} cores: {pages / cores:,.0f} a core")
+            answered = f"{100 * borne.rate / wanted:.0f} %, 99 of 100 within {borne.p99:.0f} ms, {borne.failed} failed"
+            cells.append(f"{answered}; {1e6 * POLLED_EVERY / borne.cpu:,.0f} a core")
             time.sleep(1)
         print(f"| {pages:,} | {wanted:,.0f} | {cells[0]} | {cells[1]} |", flush=True)
 
@@ -98,10 +100,11 @@ def main():
         find_program("wrk")
         postgres = stack.enter_context(LocalPostgres(durable=True))
         apply_schema(postgres.url())
-        first, second = (stack.enter_context(Service(postgres.url())) for _ in range(2))
+        alone = stack.enter_context(Service(postgres.url(), WEB_CONCURRENCY="2"))
+        first, second = (stack.enter_context(Service(postgres.url(), WEB_CONCURRENCY="1")) for _ in range(2))
         nginx = stack.enter_context(Nginx(first, second, replace=NO_LIMIT))
         database = postgres.child_process
-        ways = [(first.url, [first.process, database])]
+        ways = [(alone.url, [alone.process, database])]
         ways += [(nginx.url, [nginx.process, first.process, second.process, database])]
         print(f"{os.cpu_count()} cores for everything, the load program included.\n", file=sys.stderr)
         compare_rates(ways)
