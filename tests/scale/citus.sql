@@ -37,10 +37,10 @@ WHERE NOT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = 'public.bal
 SELECT create_distributed_table('public.tally', 'slot', colocate_with => 'public.ballots')
 WHERE NOT EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = 'public.tally'::regclass);
 
-COMMENT ON TABLE public.ballots IS 'The rows of votes, spread over the nodes by slot; to be read and changed through votes.';
+COMMENT ON TABLE public.ballots IS 'The rows, spread over the nodes by slot; to be changed through votes only.';
 COMMENT ON COLUMN public.ballots.slot IS 'Server process or row_id, modulo 32; decides on the node.';
-COMMENT ON TABLE public.tally IS 'Counters beside the rows they count; to be read through vote_totals and votes_by_hour.';
-COMMENT ON COLUMN public.tally.hour IS 'The first instant of an hour of UTC; -infinity for the total, infinity for rows of no hour.';
+COMMENT ON TABLE public.tally IS 'Counters beside the rows they count, for vote_totals and votes_by_hour.';
+COMMENT ON COLUMN public.tally.hour IS 'The first instant of an hour of UTC; -infinity: the total; infinity: rows of no hour.';
 COMMENT ON COLUMN public.tally.vote IS 'The cat.';
 COMMENT ON COLUMN public.tally.slot IS 'That of the rows counted.';
 COMMENT ON COLUMN public.tally.votes IS 'Number of rows with this hour, cat and slot.';
@@ -52,7 +52,8 @@ ON CONFLICT (hour, vote, slot) DO NOTHING;
 
 -- Citus pushes queries down to the nodes, and refuses what would not work there. A function is where
 -- that ends: it asks the nodes, and any SQL may be put round its rows. So each view reads by a function.
-CREATE OR REPLACE FUNCTION public.read_votes() RETURNS TABLE (slot int, row_id bigint, date_created timestamptz, vote text)
+CREATE OR REPLACE FUNCTION public.read_votes()
+RETURNS TABLE (slot int, row_id bigint, date_created timestamptz, vote text)
 LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp
 AS $$
 BEGIN
@@ -67,7 +68,7 @@ COMMENT ON FUNCTION public.read_votes() IS 'All rows of ballots, from all nodes.
 CREATE OR REPLACE VIEW public.votes AS
 SELECT row_id, date_created, vote, slot
 FROM public.read_votes();
-COMMENT ON VIEW public.votes IS 'One row for each click on a cat. To read very many, ask ballots: there the nodes work.';
+COMMENT ON VIEW public.votes IS 'One row for each click on a cat. To count very many, ask ballots: then the nodes count.';
 COMMENT ON COLUMN public.votes.row_id IS 'Unique where set by itself; each node has numbers of its own.';
 COMMENT ON COLUMN public.votes.date_created IS 'When the vote was stored; set by itself, once for a statement.';
 COMMENT ON COLUMN public.votes.vote IS 'The cat; constraint votes_vote_is_a_cat knows them all.';
@@ -173,7 +174,7 @@ COMMENT ON COLUMN public.votes_by_hour.hour IS 'The first instant of an hour of 
 COMMENT ON COLUMN public.votes_by_hour.vote IS 'The cat.';
 COMMENT ON COLUMN public.votes_by_hour.votes IS 'Number of votes in that hour, exact.';
 
--- The nodes count, each in its own time zone, and know nothing of the reader's: it has to be told.
+-- The nodes count, each in its own time zone, and do not know the reader's: they have to be told.
 CREATE OR REPLACE FUNCTION public.read_days(time_zone text) RETURNS TABLE (day date, vote text, votes bigint)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
 AS $$
@@ -209,7 +210,9 @@ BEGIN
         SELECT '-infinity'::timestamptz AS hour, vote, slot, 1 AS votes
         FROM public.ballots
         UNION ALL
-        SELECT CASE WHEN isfinite(date_created) THEN date_bin('1 hour', date_created, 'epoch') ELSE 'infinity' END, vote, slot, 1
+        SELECT
+            CASE WHEN isfinite(date_created) THEN date_bin('1 hour', date_created, 'epoch') ELSE 'infinity' END,
+            vote, slot, 1
         FROM public.ballots
         UNION ALL
         SELECT hour, vote, slot, -votes
@@ -220,7 +223,7 @@ BEGIN
     ON CONFLICT (hour, vote, slot) DO UPDATE SET votes = counter.votes + EXCLUDED.votes;
 END
 $$;
-COMMENT ON FUNCTION public.recount_votes() IS 'Counts all votes anew, after a restore that went wrong; nobody waits for it.';
+COMMENT ON FUNCTION public.recount_votes() IS 'Counts all votes anew, after rows went past votes; nobody waits for it.';
 
 COMMIT;
 
