@@ -28,7 +28,8 @@ TEXTS = {"TITLE": "Who <i>wins</i>?", "QUESTION": "Which one: 'this' or \"that\"
 def with_candidates(folder, candidates):
     """Make a copy of the project in `folder` and give it other candidates, as the README tells."""
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "__pycache__"))
-    shutil.copy(folder / "static/icon.svg", folder / "static/turtle.svg")
+    (folder / "static/gummi.svg").unlink()
+    (folder / "static/pita.svg").rename(folder / "static/turtle.svg")
     shutil.copy(folder / "static/screenshot.png", folder / "static/photo.png")
     entries = [f"    {cat!r}: Candidate{tuple(candidate)!r},\n" for cat, candidate in candidates.items()]
     change(folder / "catvote.py", r"^CANDIDATES = \{\n.*?^\}", "CANDIDATES = {\n" + "".join(entries) + "}")
@@ -86,7 +87,7 @@ def election(request, server, tmp_path_factory):
 
 @pytest.fixture
 def page(browser, election):
-    """The page of the election, as a new visitor sees it; on it time passes as the test says."""
+    """The page of the election, as a new visitor sees it."""
     context = browser.new_context(base_url=election.service.url, reduced_motion="reduce")
     context.set_default_timeout(10_000)
     page = context.new_page()
@@ -124,7 +125,7 @@ def test_names_pictures_and_texts_show_as_they_are_written(election, page):
     expect(page.get_by_role("button").locator("strong")).to_have_text([c.name for c in election.candidates.values()])
     for candidate in election.candidates.values():
         picture = page.get_by_role("img", name=candidate.description, exact=True)
-        assert picture.evaluate("picture => picture.decode().then(() => picture.naturalWidth)")
+        assert candidate.picture in picture.get_attribute("src")
 
 
 def test_each_candidate_gets_the_votes_that_are_cast_for_it(election, page, votes):
@@ -190,6 +191,7 @@ def test_every_page_is_valid_and_for_everybody(election, page, votes, tmp_path, 
     (tmp_path / "page.html").write_bytes(answer.body())
     assert_valid(tmp_path / "page.html")
     assert_accessible(page)
+    assert all(page.locator("img").evaluate_all("pictures => pictures.map(picture => picture.naturalWidth)"))
 
 
 def test_the_card_for_chats_is_drawn_from_their_pictures(election):
