@@ -245,7 +245,7 @@ def test_connections_that_it_tells_are_those_of_the_pools():
     told = set(re.findall(r"up to (\d+) connections|hence (\d+) for each worker|connections, (\d+) a worker", PROSE))
     assert {number for numbers in told for number in numbers if number} == {str(size)}
     assert len(told) == 3
-    assert f"POOLED = {2 * size} " in FILES["tests/bench/turns.py"]
+    assert f"POOLED = {2 * size} " in (ROOT / "tests/bench/turns.py").read_text()
 
 
 def test_other_numbers_that_it_tells_are_those_of_the_code():

@@ -8,7 +8,7 @@ from bench.turns import first, half, pgbench, wrk
 COLUMNS = ["catvote", "without database", "bare Bottle", "the Flask way", "the async way", "pgbench"]
 POLLS = 10
 GROWTH_SECONDS = 1  # one visitor at a time sends enough requests in that time
-FLASK_SECONDS = 5  # but a page that counts ten million votes takes as long
+FLASK_SECONDS = 3  # but a page that counts ten million votes takes most of one
 # Measures of contestants beside each other, and what their rows are called
 COMPARED = {
     "page": "`GET /`",

@@ -142,12 +142,19 @@ def compared_cell(measure, rounds):
     return f"{middle(rounds, 'rate'):,.0f} ({service:.0f} + {database:.0f})"
 
 
+def grown_cell(rounds):
+    """Return how long one visitor waited, in the middle of the rounds."""
+    return "fails" if any(turn.failed for turn in rounds) else f"{middle(rounds, 'p50'):.2f} ms"
+
+
 def print_compared(turns):
     """Print the contestants beside each other."""
+    measures = [measure for measure in COMPARED if measure in turns]
+    if not measures:
+        return
     print_head(*COLUMNS)
-    for measure, label in COMPARED.items():
-        if measure in turns:
-            print_row(label, *(compared_cell(measure, turns[measure].get(name)) for name in COLUMNS))
+    for measure in measures:
+        print_row(COMPARED[measure], *(compared_cell(measure, turns[measure].get(name)) for name in COLUMNS))
     print("\nRequests, votes or visits a second (microseconds of CPU for one: service + PostgreSQL): medians of the")
     print(
         f"rounds. {CONNECTIONS} connections; {os.cpu_count()} cores for the service, PostgreSQL and the load program."
@@ -161,16 +168,13 @@ def print_compared(turns):
 def print_grown(turns):
     """Print how long one visitor waits with ever more votes stored."""
     measures = [measure for measure in GROWN if measure in turns]
-    if measures:
-        print_head(*(f"{size:,} votes" for size in turns[measures[0]]))
-        for measure in measures:
-            times = [
-                "fails" if any(turn.failed for turn in rounds) else f"{middle(rounds, 'p50'):.2f} ms"
-                for rounds in turns[measure].values()
-            ]
-            print_row(GROWN[measure], *times)
-        print("\nHalf of the requests of one visitor took no longer, with so many votes of the last 29 days stored;")
-        print("first: when the service has just started.\n")
+    if not measures:
+        return
+    print_head(*(f"{size:,} votes" for size in turns[measures[0]]))
+    for measure in measures:
+        print_row(GROWN[measure], *(grown_cell(rounds) for rounds in turns[measure].values()))
+    print("\nHalf of the requests of one visitor took no longer, with so many votes of the last 29 days stored;")
+    print("first: when the service has just started.\n")
 
 
 def print_goals(turns):
