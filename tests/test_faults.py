@@ -43,7 +43,7 @@ def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, ve
         failing_at = time.monotonic()
         stop(server)
         down_at = time.monotonic()
-        time.sleep(3)
+        time.sleep(4)
         outage = down_at + 1, time.monotonic()
         server.start()
         up_at = time.monotonic()
