@@ -61,19 +61,19 @@ SUMMARY = "Two cats dressed as donuts, Pita and Fruit Gummi, want your vote."  #
 SITE_URL = os.environ.get("SITE_URL", "").strip().rstrip("/")  # for links in chats, which have to be absolute
 DEVELOPMENT = bool(os.environ.get("DEVELOPMENT"))
 
-# All times are in seconds. A vote takes 5 at most: CONNECTION + VOTE + 2 x CANCEL. Visitors wait no longer than that.
+# All times are in seconds. A statement takes at most CONNECTION_PATIENCE + its own + 2 x CANCEL_PATIENCE: 5 for a vote.
 CONNECTION_PATIENCE = 1  # for one of the pool's connections
 VOTE_PATIENCE = 2  # for the statement that stores votes
 TALLY_PATIENCE = 1  # for the statement that reads the tally
-HISTORY_PATIENCE = 3
+HISTORY_PATIENCE = 2
 CANCEL_PATIENCE = 1  # to ask the server to cancel a statement, and as long again for its answer
 
 # A tally on a page is at most a second old, unless the page says otherwise: that leaves time to make and send it.
 TALLY_REFRESHED_AFTER, TALLY_FRESH = 0.5, 0.8
 HISTORY_REFRESHED_AFTER, HISTORY_FRESH = 20, 50
-PAGE_WAIT = 0.5  # after which nobody waits for a reading any more, if there is an older one to show
+PAGE_WAIT = 0.5  # after a reading was asked for: then nobody waits for it, if there is an older one to show
 VOTER_WAIT = 1.5  # of a visitor who has just voted, for a reading that has the vote
-FIRST_WAIT = 5  # of a visitor while nothing is known yet: longer than any reading takes
+FIRST_WAIT = 5  # of a visitor while nothing is known yet: as long as a reading may take
 RETRY_PAUSE = 0.2  # an error that comes at once must not be asked for, and logged, at each visit
 RETRY_AFTER = 5  # for visitors whom we ask to come again
 
@@ -91,7 +91,7 @@ FOLDER = Path(__file__).resolve().parent
 VIEWS = [str(FOLDER / "views")]
 STATIC = FOLDER / "static"
 STATIC_FILES = [file for file in sorted(STATIC.rglob("*")) if file.is_file()]
-PRESENT_VERSION = "v=" + sha256(b"".join(file.read_bytes() for file in STATIC_FILES)).hexdigest()[:8]
+VERSION_QUERY = "v=" + sha256(b"".join(file.read_bytes() for file in STATIC_FILES)).hexdigest()[:8]
 
 log = logging.getLogger("catvote")
 
@@ -170,10 +170,10 @@ class Connection(psycopg.Connection):
             raise
 
     def cancel_and_close(self, gen):
-        """Ask the server to cancel, and raise QueryCanceled if it says that it did: then nothing was done.
+        """Ask the server to cancel; raise QueryCanceled if it says that it did, for then nothing was done.
 
-        If it says that the statement was done, that proves nothing: so ends a commit that waits no longer for its
-        standby.
+        If it says that the statement was done, our time-out stands: with synchronous replication, a commit that is
+        cancelled may be on this server only.
         """
         with closing(self):
             self.cancel_safe(timeout=CANCEL_PATIENCE)
@@ -214,10 +214,9 @@ class Pool(ConnectionPool):
     def getconn(self, timeout=None):
         """Return a connection that works, as far as one can know without asking the server."""
         self.open()
-        unused = monotonic() - self.used_at
-        self.used_at = monotonic()
-        if unused > UNUSED_TOO_LONG:
+        if monotonic() - self.used_at > UNUSED_TOO_LONG:
             self.drain()
+        self.used_at = monotonic()
         return super().getconn(timeout)
 
     def refuse_if_hung_up(self, connection):
@@ -248,14 +247,14 @@ def execute(pool: Pool, patience: float, statement: str, parameters: Sequence = 
             connection.give_up_at = monotonic() + patience
             cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
-    except (psycopg.Error, ValueError) as error:  # ValueError: something in a row that is no text
+    except (psycopg.Error, ValueError) as error:  # ValueError: text in a row that cannot be decoded
         log.warning("database: %s%s", " ".join(str(error).split()) or type(error).__name__, advice(error))
-        raise Unavailable(trouble_of(error, sent=connection is not None)) from error
+        raise Unavailable(trouble_of(error, connected=connection is not None)) from error
 
 
-def trouble_of(error: Exception, sent: bool) -> Trouble:
-    """Return what an error means for a statement; `sent` if there was a connection to send it on."""
-    if not sent:
+def trouble_of(error: Exception, connected: bool) -> Trouble:
+    """Return what an error means for a statement; `connected` if there was a connection to send it on."""
+    if not connected:
         return Trouble.AWAY
     if not is_undone(error):
         return Trouble.UNCERTAIN
@@ -294,8 +293,8 @@ def advice(error: Exception) -> str:
 class Reading(NamedTuple):
     """The rows that a statement returned.
 
-    begun_at -- time.monotonic() when it was sent; they have every vote of before
-    outdated -- the database could not be read since
+    begun_at -- time.monotonic() when it was asked for; they have every vote that was committed before
+    outdated -- no newer one came in time
     """
 
     rows: list[tuple]
@@ -306,8 +305,11 @@ class Reading(NamedTuple):
 class Reader:
     """Runs one statement for all visitors, in a thread of its own, so that nobody has to wait for a slow database.
 
+    There is at most one question before the database, and one in the queue behind it. The queued one will see every
+    vote committed before now; the running one may not.
+
     patience -- seconds for the statement
-    refreshed_after -- age in seconds at which a new reading is begun, while visitors get the one there is
+    refreshed_after -- age in seconds at which a new reading is asked for, while visitors get the one there is
     fresh -- age in seconds after which visitors wait for the new one
     """
 
@@ -316,51 +318,52 @@ class Reader:
         self.patience = patience
         self.refreshed_after = refreshed_after
         self.fresh = fresh
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.lock = Lock()  # for the three below
+        self.executor = ThreadPoolExecutor(max_workers=1)
+        self.lock = Lock()  # for changes of the three below
         self.last = None  # the last Reading
-        self.newest = Future()  # what came, or will come, of the newest question: a Reading or a Trouble
-        self.newest.set_result(Trouble.AWAY)
+        self.question = Future()  # the newest one: its result will be a Reading or a Trouble
+        self.question.set_result(Trouble.AWAY)
         self.asked_at = -inf
 
-    def at_once(self) -> Reading | None:
-        """Return a fresh Reading if there is one."""
+    def if_fresh(self) -> Reading | None:
+        """Return the last Reading if it is fresh. If it gets old, have a new one made meanwhile."""
         reading = self.last
         if reading is None or reading.outdated:
             return None
         age = monotonic() - reading.begun_at
         if age > self.refreshed_after:
-            self.under_way()
+            self.unanswered_question()
         return reading if age <= self.fresh else None
 
     def latest(self) -> Reading:
         """Return a fresh Reading, or the last one, marked as outdated. Raises Unavailable if there is none."""
-        reading = self.at_once()
+        reading = self.if_fresh()
         if reading:
             return reading
-        coming = self.under_way()
+        question = self.unanswered_question()
         if self.last is None:
-            return self.wait_for(coming, FIRST_WAIT)
-        return self.wait_for(coming, self.asked_at + PAGE_WAIT - monotonic())
+            return self.wait_for(question, FIRST_WAIT)
+        # Who comes late to a question that gets no answer does not wait at all.
+        return self.wait_for(question, self.asked_at + PAGE_WAIT - monotonic())
 
-    def from_now_on(self) -> Reading:
-        """Return a Reading begun after this call, or the last one, marked as outdated. Raises Unavailable."""
+    def begun_from_now(self) -> Reading:
+        """Return a Reading that was begun after this call, else as `latest`."""
         with self.lock:
-            if self.newest.running() or self.newest.done():
+            if self.question.running() or self.question.done():
                 self.ask()
-            coming = self.newest
-        return self.wait_for(coming, VOTER_WAIT)
+            question = self.question
+        return self.wait_for(question, VOTER_WAIT if self.last else FIRST_WAIT)
 
-    def under_way(self) -> Future:
-        """Return what will come of the question that the database has before it; ask if there is none."""
+    def unanswered_question(self) -> Future:
+        """Return the question that is running or queued; ask if there is none."""
         with self.lock:
-            if self.newest.done():
+            if self.question.done():
                 self.ask()
-            return self.newest
+            return self.question
 
     def ask(self) -> None:
         """Have the statement run as soon as the thread is free."""
-        self.newest = self.thread.submit(self.read)
+        self.question = self.executor.submit(self.read)
         self.asked_at = monotonic()
 
     def read(self) -> Reading | Trouble:
@@ -376,20 +379,22 @@ class Reader:
             self.last = reading
         return reading
 
-    def wait_for(self, coming: Future, seconds: float) -> Reading:
-        """Return the Reading that comes within some seconds, else the last one, marked as outdated."""
+    def wait_for(self, question: Future, seconds: float) -> Reading:
+        """Return the answer that comes within some seconds, else the last Reading, marked as outdated."""
+        known = self.last
         try:
-            result = coming.result(max(seconds, 0))
+            answer = question.result(max(seconds, 0))
         except FutureTimeout:
-            result = Trouble.AWAY
-        if isinstance(result, Reading):
-            return result
+            answer = Trouble.AWAY
+        if isinstance(answer, Reading):
+            return answer
         with self.lock:
             if self.last is None:
-                raise Unavailable(result)
-            if not self.last.outdated:
-                self.last = self.last._replace(outdated=True)
-            return self.last
+                raise Unavailable(answer)
+            marked = self.last if self.last.outdated else self.last._replace(outdated=True)
+            if self.last is known:  # none that is newer came meanwhile
+                self.last = marked
+            return marked
 
 
 # No setting of the database, a role or the environment changes what these return.
@@ -407,14 +412,14 @@ def votes_in_periods(rows: list[tuple], seconds: int, number: int) -> list[tuple
     """Return when each of the last `number` periods of so many seconds began, in UTC, and its votes for each cat."""
     present = int(time()) // seconds
     periods = {period: Counter() for period in range(present - number + 1, present + 1)}
-    for hour, vote, votes in rows:
-        period = hour // seconds
+    for began_at, vote, votes in rows:  # seconds since 1970
+        period = began_at // seconds
         if period in periods:
             periods[period][vote] += votes
     return [(datetime.fromtimestamp(period * seconds, timezone.utc), votes) for period, votes in periods.items()]
 
 
-# Votes. The dear part of one is the commit, for which the server waits for its disk: so many share one.
+# Votes. What costs is the commit, for which the server waits for its disk: so many share one.
 
 INSERT = "INSERT INTO public.votes (vote) SELECT unnest(%s::text[])"
 
@@ -447,7 +452,7 @@ class VoteStore:
         if leads:
             self.store_batch(batch)
         trouble = batch.outcome.result()
-        if trouble is Trouble.REFUSED and len(batch.votes) > 1:  # perhaps for another's sake: nothing was stored
+        if trouble is Trouble.REFUSED and len(batch.votes) > 1:  # perhaps because of another vote: retry alone
             trouble = attempt([vote])
         if trouble:
             raise Unavailable(trouble)
@@ -505,12 +510,12 @@ class Answer:
         self.kept_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
         self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.kept_headers]
 
-    def to(self, environ: dict) -> tuple[str, list, list[bytes]]:
+    def for_visitor(self, environ: dict) -> tuple[str, list, bytes]:
         """Return status, headers and body: a 304 if the visitor has it already (RFC 9110, section 13.1.2)."""
         known = environ.get("HTTP_IF_NONE_MATCH", "")
         if self.tag in known or known.strip() == "*":
-            return "304 Not Modified", self.kept_headers, []
-        return "200 OK", self.headers, [self.body]
+            return "304 Not Modified", self.kept_headers, b""
+        return "200 OK", self.headers, self.body
 
 
 class SharedPage:
@@ -523,20 +528,20 @@ class SharedPage:
     def __init__(self, reader: Reader, make: Callable[[Reading], Answer]):
         self.reader = reader
         self.make = make
-        self.made = (None, None)  # a Reading, and the Answer made of it
+        self.last_made = (None, None)  # a Reading, and the Answer made of it
 
-    def of(self, reading: Reading) -> Answer:
-        """Return the Answer made of a Reading."""
-        made_of, answer = self.made
-        if made_of is not reading:
+    def made_of(self, reading: Reading) -> Answer:
+        """Return the Answer for a Reading, made now unless it is the one made last."""
+        last_reading, answer = self.last_made
+        if last_reading is not reading:
             answer = self.make(reading)
-            self.made = (reading, answer)
+            self.last_made = (reading, answer)
         return answer
 
     def finished(self) -> Answer | None:
         """Return the Answer if it is made already, and fresh."""
-        made_of, answer = self.made
-        return answer if made_of and made_of is self.reader.at_once() else None
+        last_reading, answer = self.last_made
+        return answer if last_reading is self.reader.if_fresh() else None
 
 
 def render(view: str, **values) -> str:
@@ -546,7 +551,7 @@ def render(view: str, **values) -> str:
 
 def static_url(name: str) -> str:
     """Return the address of a file in static/; it changes with the files, so that a browser may keep them."""
-    return f"/static/{name}?{PRESENT_VERSION}"
+    return f"/static/{name}?{VERSION_QUERY}"
 
 
 SHARED_VALUES = {
@@ -611,15 +616,15 @@ def index():
     """The page; `?voted=CAT` adds thanks and a tally that includes that vote, whichever worker answers."""
     voter_page = voter_pages.get(request.query.voted)
     if voter_page:
-        return give(voter_page.of(tally_reader.from_now_on()))
-    return give(index_page.of(tally_reader.latest()))
+        return give(voter_page.made_of(tally_reader.begun_from_now()))
+    return give(index_page.made_of(tally_reader.latest()))
 
 
 @routes.get("/tally.json")
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
     reading = tally_reader.latest()
-    answer = give(tally_page.of(reading))
+    answer = give(tally_page.made_of(reading))
     if reading.outdated:
         answer.set_header("Age", str(int(monotonic() - reading.begun_at)))
     return answer
@@ -628,13 +633,13 @@ def tally_json():
 @routes.get("/history")
 def history():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    return give(history_page.of(history_reader.latest()))
+    return give(history_page.made_of(history_reader.latest()))
 
 
 def give(answer: Answer) -> HTTPResponse:
     """Return what this visitor gets of an answer that is the same for everybody."""
-    status, headers, body = answer.to(request.environ)
-    return HTTPResponse(b"".join(body), status, headers)
+    status, headers, body = answer.for_visitor(request.environ)
+    return HTTPResponse(body, status, headers)
 
 
 @routes.post("/add")
@@ -686,9 +691,11 @@ def read_vote() -> str:
 
 
 def read_body() -> bytes:
-    """Return the body sent, or its first FORM_LIMIT + 1 bytes. Raises 400 if it is broken off."""
+    """Return the body sent, or its first FORM_LIMIT + 1 bytes. Raises 400 if it cannot be read."""
+    chunked = "HTTP_TRANSFER_ENCODING" in request.environ  # then its length is not known beforehand
     try:
-        return request.environ["wsgi.input"].read(FORM_LIMIT + 1)
+        length = FORM_LIMIT + 1 if chunked else max(request.content_length, 0)
+        return request.environ["wsgi.input"].read(min(length, FORM_LIMIT + 1))
     except Exception as error:  # each server has its own for that, none that they share
         raise HTTPError(400, "The form did not arrive whole, so no vote was counted.") from error
 
@@ -710,7 +717,7 @@ def static(path):
         file = static_file(path, root=STATIC, etag=known.tag if known else False)
     if file.status_code < 400:
         file.headers.pop("Date", None)  # the server sends one
-        file.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == PRESENT_VERSION else ASK_AGAIN)
+        file.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == VERSION_QUERY else ASK_AGAIN)
     return file
 
 
@@ -760,9 +767,9 @@ def app(environ, start_response):
 
     answer = finished_answer(environ)
     if answer:
-        status, headers, body = answer.to(environ)
+        status, headers, body = answer.for_visitor(environ)
         start_securely(status, headers)
-        return body
+        return [body]
     # Bottle drops bytes that are not UTF-8, which would make / of /%FF; no path of ours has any.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()
     return routes(environ, start_securely)
@@ -776,6 +783,6 @@ def finished_answer(environ: dict) -> Answer | None:
     if not query:
         page = shared_pages.get(path)
         return page.finished() if page else None
-    if query == PRESENT_VERSION and "HTTP_RANGE" not in environ:
+    if query == VERSION_QUERY and "HTTP_RANGE" not in environ:
         return files.get(path)
     return None

@@ -490,7 +490,7 @@ def test_a_visitor_waits_for_a_new_reading_only_if_the_last_is_too_old(applicati
     time.sleep(old.begun_at + age - time.monotonic())
     assert (reader.latest() is not old) == a_visitor_waits
     time.sleep(0.5)
-    assert reader.at_once() not in (None, old)
+    assert reader.if_fresh() not in (None, old)
 
 
 def test_a_connection_that_gave_up_is_not_used_again(application):
