@@ -538,7 +538,8 @@ def test_twenty_workers_share_eight_server_connections(server, database, verify)
                 time.sleep(1)
                 with psycopg.connect(database) as connection:
                     connection.execute("LOCK TABLE votes")  # so that all want one at once
-                    time.sleep(0.5)
+                    wait_until(lambda: len(backends(database)) >= 8)
+                    time.sleep(0.2)
                     connections = len(backends(database))
                 time.sleep(1)
             assert len(workers(service)) == 20
