@@ -454,33 +454,32 @@ def test_two_services_keep_within_twenty_connections(database, verify):
     assert connections <= 20
 
 
-@pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
-def test_make_scale_serves_on_one_port_and_leaves_nothing_behind(database, end):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_make_scale_serves_on_one_port_and_leaves_nothing_behind(database, number):
     need("nginx")
     port = free_port()
-    environment = {**os.environ, "DATABASE_URL": database, "PORT": str(port)}
+    environment = {**os.environ, "DATABASE_URL": database, "PORT": str(port), "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    command = [sys.executable, "-m", "scale.nginx"]  # as the Makefile starts it
     with subprocess.Popen(
-        ["make", "scale"],
+        command,
         cwd=ROOT,
         env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-    ) as make:
+    ) as process:
         printed = ""
         while "Ctrl-C ends" not in printed:
-            assert make.poll() is None, printed
-            printed += make.stdout.readline()
+            assert process.poll() is None, printed
+            printed += process.stdout.readline()
         assert f"Open http://127.0.0.1:{port} " in printed
         with urlopen(f"http://127.0.0.1:{port}") as page:
             assert page.headers["X-Cache"] == "MISS"
-        family = psutil.Process(make.pid).children(recursive=True)
-        if end == "Ctrl-C":
-            os.killpg(make.pid, signal.SIGINT)
-        else:
-            make.terminate()
-        printed += make.stdout.read()
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        printed += process.stdout.read()
+    assert process.returncode == 0
     assert "Traceback" not in printed
     assert not psutil.wait_procs(family, timeout=5)[1]
     assert not Path(re.search(r"are in (\S+);", printed)[1]).exists()
@@ -539,7 +538,8 @@ def test_twenty_workers_share_eight_server_connections(server, database, verify)
                 time.sleep(1)
                 with psycopg.connect(database) as connection:
                     connection.execute("LOCK TABLE votes")  # so that all want one at once
-                    time.sleep(0.5)
+                    wait_until(lambda: len(backends(database)) >= 8)
+                    time.sleep(0.2)
                     connections = len(backends(database))
                 time.sleep(1)
             assert len(workers(service)) == 20
