@@ -203,11 +203,11 @@ def test_a_role_may_be_allowed_to_vote_and_no_more(cluster):
 def test_update_delete_and_copy_keep_the_tally_at_any_node(cluster):
     for node in cluster.nodes:
         with psycopg.connect(node.url(), autocommit=True) as connection:
-            with connection.cursor().copy("COPY public.votes (date_created, vote) FROM STDIN") as copy:
+            with connection.cursor().copy("COPY public.votes (date_created, vote) FROM STDIN") as rows:
                 for hour in range(10):
-                    copy.write_row((f"2026-03-01 {hour}:30+00", "Pita"))
-                copy.write_row(("infinity", "Pita"))
-                copy.write_row(("-infinity", "Gummi"))
+                    rows.write_row((f"2026-03-01 {hour}:30+00", "Pita"))
+                rows.write_row(("infinity", "Pita"))
+                rows.write_row(("-infinity", "Gummi"))
             assert_exact(cluster.url)
             connection.execute("UPDATE public.votes SET vote = 'Gummi' WHERE date_created < '2026-03-01 02:00+00'")
             assert_exact(cluster.url)
@@ -234,13 +234,17 @@ def test_a_vote_that_two_change_at_once_is_counted_once(cluster, change):
     assert_exact(cluster.url)
 
 
+def copy(server, old, cluster, commands):
+    """Run shell commands that copy votes from the database with the URL `old`."""
+    variables = {**os.environ, "OLD": old, "NEW": cluster.url, "PATH": f"{os.environ['PATH']}:{server.bindir}"}
+    shell = subprocess.run(["sh", "-ec", commands], env=variables, capture_output=True, text=True)
+    assert (shell.returncode, shell.stderr) == (0, "")
+
+
 def test_a_dump_of_one_server_is_loaded(cluster, server, database):
     sql(database, "INSERT INTO votes (vote) SELECT unnest('{Gummi,Pita,Pita}'::text[]) FROM generate_series(1, 400)")
     sql(database, "DELETE FROM votes WHERE row_id BETWEEN 100 AND 200")
-    variables = {**os.environ, "OLD": database, "NEW": cluster.url}
-    variables["PATH"] += f":{server.bindir}"
-    loaded = subprocess.run(["sh", "-ec", guide("dump")], env=variables, capture_output=True, text=True)
-    assert (loaded.returncode, loaded.stderr) == (0, "")
+    copy(server, database, cluster, guide("dump"))
     rows = "SELECT row_id, date_created, vote FROM votes ORDER BY row_id"
     assert sql(cluster.url, rows) == sql(database, rows)
     assert_exact(cluster.url)
@@ -252,12 +256,10 @@ def test_a_dump_of_one_server_is_loaded(cluster, server, database):
 
 def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(cluster, server, database):
     sql(database, "INSERT INTO votes (vote) SELECT 'Pita' FROM generate_series(1, 20000)")
-    variables = {**os.environ, "OLD": database, "NEW": cluster.url}
-    variables["PATH"] += f":{server.bindir}"
+    copy(server, database, cluster, guide("numbers"))
     with Service(cluster.url) as service, Load(service, voters=8, watchers=0) as load:
         wait_until(lambda: load.acknowledged)
-        loaded = subprocess.run(["sh", "-ec", guide("many")], env=variables, capture_output=True, text=True)
-        assert (loaded.returncode, loaded.stderr) == (0, "")
+        copy(server, database, cluster, guide("many"))
         recounted_at = time.monotonic()
         time.sleep(1)
     assert_exact(cluster.url)
@@ -330,7 +332,7 @@ def test_a_node_that_freezes_holds_nobody_up(cluster, verify):
     during = sum(frozen_at + 1 < answer.sent_at < answer.ended_at < thawed_at for answer in load.acknowledged)
     figures = verify(load, service, page_seconds=3, recovered=f"{recovered:.1f} s", stored_meanwhile=during)
     assert recovered < 4
-    assert figures["not counted"] > 0
+    assert figures["not counted"] + figures["unconfirmed"] > 0
     assert_exact(cluster.url)
 
 

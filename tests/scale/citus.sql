@@ -109,7 +109,7 @@ BEGIN
     END IF;
     IF TG_OP = 'INSERT' THEN
         -- A visitor's votes go where their server process puts all of its votes: two processes seldom
-        -- wait for each other, and one whose node is down holds up no other. Rows that have a row_id
+        -- wait for each other, and one whose node hangs holds up no other. Rows that have a row_id
         -- come by the thousand, from a dump: they spread over all slots, and so over all nodes.
         NEW.slot := coalesce(NEW.row_id, pg_backend_pid()) % 32;
         NEW.row_id := coalesce(NEW.row_id, nextval('public.votes_row_id_seq'));
