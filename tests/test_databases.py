@@ -9,6 +9,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
+from itertools import product
 from shutil import which
 from threading import Thread
 from urllib.parse import quote, urlsplit
@@ -16,30 +17,34 @@ from urllib.parse import quote, urlsplit
 import psutil
 import psycopg
 import pytest
-from catvote import initdb
 from client import get, vote
 from conftest import missing, new_database
 from local.postgres import ROOT
 from local.service import Service
 from psycopg import sql
 
+from catvote import initdb
+
 # What a session is told before it is ours
 
-# A setting; a line more is a test more, in each of WAYS.
-SETTINGS = [
+# A line more is a test more: of these in each of WAYS, ...
+COMMON_SETTINGS = [
     "client_encoding=SQL_ASCII",
     "client_encoding=LATIN1",
-    "client_encoding=SJIS",
     "DateStyle=German, DMY",
+    "TimeZone=Asia/Kolkata",
+    "search_path=",
+]
+# ... of these for the database alone.
+MORE_SETTINGS = [
+    "client_encoding=SJIS",
     "DateStyle=SQL, MDY",
     "DateStyle=Postgres, DMY",
-    "TimeZone=Asia/Kolkata",
     "TimeZone=America/New_York",
     "TimeZone=Pacific/Kiritimati",
     "IntervalStyle=sql_standard",
     "bytea_output=escape",
     "extra_float_digits=-15",
-    "search_path=",
     "search_path=nowhere",
     "default_transaction_isolation=serializable",
     "default_transaction_deferrable=on",
@@ -52,7 +57,6 @@ SETTINGS = [
     "client_min_messages=debug5",
     "statement_timeout=800ms",
     "lock_timeout=800ms",
-    "idle_session_timeout=400ms",
     "idle_in_transaction_session_timeout=1ms",
     "plpgsql.variable_conflict=use_variable",
     "plpgsql.extra_errors=all",
@@ -122,8 +126,9 @@ PARAMETERS = [
 ENCODINGS = ["SQL_ASCII", "LATIN1", "LATIN9", "WIN1252", "EUC_JP", "UTF8"]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "setting"), [*product(WAYS, COMMON_SETTINGS), *product([of_the_database], MORE_SETTINGS)]
+)
 def test_no_setting_changes_what_the_service_does(database, connection, way, setting):
     name, _, value = setting.partition("=")
     with way(connection, database, name, value) as (url, environment):
@@ -153,6 +158,15 @@ def test_database_url_may_end_in_what_secrets_often_end_in(database, connection,
     check(connection, f"{blank}{database}{blank}", {})
 
 
+def test_a_server_may_end_idle_sessions(database, connection):
+    with of_the_database(connection, database, "idle_session_timeout", "400ms"), Service(database) as service:
+        for number in range(1, 4):
+            time.sleep(0.6)
+            assert vote(service).status == 303
+            assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": number}
+        assert "database: " not in service.log
+
+
 def check(connection, url, environment):
     """Cast votes at known hours, and one over HTTP; see that the service answers as ever and shows them all."""
     this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
@@ -168,10 +182,8 @@ def check(connection, url, environment):
         page = get(service, "/")
         assert (page.status, page.votes) == (200, {"Gummi": 4, "Pita": 0})
         assert history(service) == {"Gummi": shown, "Pita": {}}
-        time.sleep(0.5)  # a moment in which a server may lose its patience with an idle session
         assert vote(service).status == 303
         assert get(service, "/?voted=Pita").votes == {"Gummi": 4, "Pita": 1}
-        time.sleep(1)
         assert get(service, "/tally.json").text == '{"Gummi": 4, "Pita": 1}'
         assert get(service, "/healthz").status == 200
         assert "Traceback" not in service.log
@@ -197,7 +209,7 @@ def history(service):
 
 # Rows that nobody expects
 
-FAR_AWAY = ["infinity", "-infinity", "12000-01-01", "294276-12-31", "0044-03-15 BC", "4713-01-01 BC", "1969-12-31"]
+FAR_AWAY = ["infinity", "-infinity", "12000-01-01", "290000-12-31", "0044-03-15 BC", "4713-01-01 BC", "1969-12-31"]
 
 
 @pytest.mark.parametrize("moment", FAR_AWAY)
@@ -241,7 +253,6 @@ def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(service, connection):
 UNREADABLE = {
     "a date that Python does not have": "SELECT 'Pita', 'infinity'::timestamptz",
     "another date that it does not have": "SELECT 'Pita', '12000-01-01'::date",
-    "an interval that it does not have": "SELECT 'Pita', '999999999 days'::interval",
     "bytes that are not UTF-8": r"SELECT convert_from('\xff', 'SQL_ASCII'), 1",
 }
 
@@ -282,9 +293,7 @@ def test_without_a_schema_everybody_is_told_the_truth(empty_database):
     ("lost", "page"),
     [
         ("DROP VIEW votes_by_hour", "/history"),
-        ("ALTER VIEW votes_by_hour RENAME hour TO moment", "/history"),
         ("DROP VIEW vote_totals", "/"),
-        ("DROP VIEW vote_totals; CREATE VIEW vote_totals AS SELECT 'Pita' AS vote", "/"),
     ],
 )
 def test_an_older_schema_costs_only_what_it_lacks(service, connection, lost, page):
@@ -434,7 +443,7 @@ def test_a_quiet_spell_in_which_the_network_forgets_costs_nobody_anything(databa
         assert get(service, "/healthz").status == get(service, "/").status == 200
         for number in range(1, 3):
             time.sleep(12)
-            assert network.forgotten or number == 0
+            assert network.forgotten
             start = time.monotonic()
             first = vote(service)
             assert (first.status, time.monotonic() - start < 1) == (303, True)
