@@ -72,6 +72,10 @@ report: $(NEEDED) ## Show the votes, in total and by day
 bench: install ## Measure how much the service bears
 	@exec $(BIN)/python tests/bench.py
 
+.PHONY: scale
+scale: install ## Serve as make run does, by two services behind nginx
+	@exec $(DOTENV) $(BIN)/python -m scale.nginx
+
 diagrams: ## Draw static/structure.svg from its source, by Graphviz
 	dot -Tsvg -o static/structure.svg static/structure.dot
 

@@ -4,10 +4,12 @@ import itertools
 import os
 import shutil
 import signal
+from bisect import bisect
 from contextlib import contextmanager
 
 import psycopg
 import pytest
+from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema
 from local.service import Service, free_port
 from playwright.sync_api import sync_playwright
@@ -131,6 +133,58 @@ def browser():
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def verify(record_property):
+    """Return a function that compares what the visitors were told with the rows, once the service has ended.
+
+    statuses -- those that are no surprise
+    fresh -- how many seconds old a page may be
+    page_seconds -- how long a page or file may take
+    figures -- more to report
+    """
+
+    def verify(load, service, statuses=(200, 303, 503), fresh=1, page_seconds=8, **figures):
+        assert service.process.returncode == 0
+        assert "Traceback" not in service.log
+        assert {answer.status for answer in load.answers} <= {*statuses}
+
+        for answer in load.answers:
+            assert answer.seconds < {"/add": 8, "/healthz": 8}.get(answer.path, page_seconds), answer
+            if answer.status == 503:
+                assert answer.headers["Retry-After"].isdigit()
+                assert not answer.cat or answer.not_counted or answer.unconfirmed
+
+        # Pages show every vote that was acknowledged so long before, and after a vote also the last ones.
+        acknowledged_at = sorted(vote.ended_at for vote in load.acknowledged)
+        for page in load.answers:
+            if "data-votes" in page.text and not page.outdated:
+                age = 0 if "voted" in page.path else fresh
+                assert page.total >= bisect(acknowledged_at, page.sent_at - age)
+
+        url = service.environment["DATABASE_URL"]
+        wait_until(lambda: not backends(url, "state <> 'idle'"))  # none is busy with a vote that its visitor gave up
+        count = "SELECT vote, votes, (SELECT count(*) FROM votes WHERE votes.vote = vote_totals.vote) FROM vote_totals"
+        for cat, counted, stored in sql(url, count):
+            assert counted == stored
+            votes = [vote for vote in load.votes if vote.cat == cat]
+            acknowledged = sum(vote.status == 303 for vote in votes)
+            unknown = sum(vote.unconfirmed or vote.status == 0 for vote in votes)
+            assert acknowledged <= stored <= acknowledged + unknown
+
+        figures |= {
+            "acknowledged": len(load.acknowledged),
+            "unconfirmed": sum(vote.unconfirmed for vote in load.votes),
+            "not counted": sum(vote.not_counted for vote in load.votes),
+            "unanswered": sum(answer.status == 0 for answer in load.answers),
+            "slowest vote": f"{max(vote.seconds for vote in load.votes):.1f} s",
+            "slowest page": f"{max(answer.seconds for answer in load.answers if not answer.cat):.1f} s",
+        }
+        record_property("figures", ", ".join(f"{name}: {figure}" for name, figure in figures.items()))
+        return figures
+
+    return verify
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -39,7 +39,7 @@ class Answer(NamedTuple):
 
     @property
     def unconfirmed(self):
-        return self.status == 503 and "vote could not be confirmed" in self.text
+        return self.status in (502, 503, 504) and "vote could not be confirmed" in self.text  # 503: the service's own
 
     @property
     def outdated(self):
@@ -82,15 +82,19 @@ class Load:
         for thread in self.threads:
             thread.join()
 
+    def visitor(self, service):
+        """Return the connection that a visitor keeps."""
+        return HTTPConnection("127.0.0.1", service.port, timeout=30)
+
     def vote(self, service, random):
-        visitor = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        visitor = self.visitor(service)
         while not self.ended.wait(random.uniform(0.5, 1.5) * self.pause):
             answer = self.ask(visitor, "/add", random.choice(CATS))
             if answer.status == 303:
                 self.ask(visitor, answer.headers["Location"])
 
     def watch(self, service, path):
-        visitor = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        visitor = self.visitor(service)
         while not self.ended.wait(self.pause):
             self.ask(visitor, path)
 

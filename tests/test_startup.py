@@ -19,7 +19,21 @@ import pytest
 from local.postgres import ROOT
 from local.service import Service, free_port, procfile
 
-VERBS = ["help", "install", "run", "dev", "test", "initdb", "dropdb", "report", "bench", "diagrams", "card", "clean"]
+VERBS = [
+    "help",
+    "install",
+    "run",
+    "dev",
+    "test",
+    "initdb",
+    "dropdb",
+    "report",
+    "bench",
+    "scale",
+    "diagrams",
+    "card",
+    "clean",
+]
 # Characters that mean something to sh, make, a URL or libpq.
 AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
 
