@@ -884,3 +884,30 @@ def test_the_recipe_copies_votes_that_the_earlier_application_is_casting(
     earlier.execute("COMMIT")
     copied.result()
     assert totals(connection) == {"Gummi": 2, "Pita": 2}
+
+
+def test_the_partitioned_table_of_the_guide_is_counted_by_the_same_triggers(empty_database):
+    guide = (ROOT / "tests/scale/README.md").read_text()
+    table = re.search(r"^```sql partitions\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)[1]
+    schema, number = re.subn(
+        r"CREATE TABLE IF NOT EXISTS public\.votes \(.*?\);\n",
+        lambda _: table,
+        (ROOT / "schema.sql").read_text(),
+        flags=re.DOTALL,
+    )
+    assert number == 1
+    inexact = "TABLE vote_totals EXCEPT SELECT vote, count(*) FROM votes GROUP BY vote"
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(schema)
+        connection.execute(schema)
+        connection.execute("INSERT INTO votes (vote) SELECT unnest('{Pita,Gummi,Pita,Pita}'::text[])")
+        connection.execute("INSERT INTO votes (vote, date_created) VALUES ('Gummi', '2027-05-05')")
+        connection.execute("UPDATE votes SET date_created = '2027-06-06' WHERE row_id = 1")
+        connection.execute("DELETE FROM votes WHERE row_id = 3")
+        assert connection.execute("TABLE vote_totals").fetchall() == [("Gummi", 2), ("Pita", 2)]
+        assert connection.execute("SELECT count(*) FROM votes_later").fetchone() == (2,)
+        assert connection.execute(inexact).fetchall() == []
+        connection.execute("ALTER TABLE votes DETACH PARTITION votes_later")
+        assert connection.execute("TABLE vote_totals").fetchall() == [("Gummi", 2), ("Pita", 2)]
+        connection.execute("SELECT recount_votes()")
+        assert connection.execute(inexact).fetchall() == []
