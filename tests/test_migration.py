@@ -316,6 +316,12 @@ def test_the_schema_moves_a_sequence_on_that_rows_have_overtaken(connection, dat
     assert next_row_id(connection) == 51
 
 
+def test_the_schema_moves_a_sequence_on_that_was_never_used(connection, database):
+    copy_in(connection, 50)
+    apply_schema(database)
+    assert next_row_id(connection) == 51
+
+
 @pytest.mark.parametrize("row_ids", [[], [-5], [3]])
 def test_the_schema_never_moves_a_sequence_back(connection, database, row_ids):
     vote(connection, *["Pita"] * 100)
