@@ -247,7 +247,7 @@ def test_votes_go_on_while_the_hours_of_old_votes_are_counted(first_version, con
     vote(connection, "Pita", "Gummi")
     assert sum(totals(connection).values()) == 8
     with pytest.raises(errors.LockNotAvailable):
-        applied.result(timeout=10)
+        applied.result(timeout=20)
     assert hours(reader)["2024-05-01 12:00:00"] == {"Pita": 2}
     reader.execute("COMMIT")
     apply_schema(first_version)
