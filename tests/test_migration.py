@@ -247,7 +247,7 @@ def test_votes_go_on_while_the_hours_of_old_votes_are_counted(first_version, con
     vote(connection, "Pita", "Gummi")
     assert sum(totals(connection).values()) == 8
     with pytest.raises(errors.LockNotAvailable):
-        applied.result(timeout=10)
+        applied.result(timeout=20)
     assert hours(reader)["2024-05-01 12:00:00"] == {"Pita": 2}
     reader.execute("COMMIT")
     apply_schema(first_version)
@@ -312,6 +312,12 @@ def test_the_schema_moves_a_sequence_on_that_rows_have_overtaken(connection, dat
     copy_in(connection, 50)
     with pytest.raises(errors.UniqueViolation):
         next_row_id(connection)
+    apply_schema(database)
+    assert next_row_id(connection) == 51
+
+
+def test_the_schema_moves_a_sequence_on_that_was_never_used(connection, database):
+    copy_in(connection, 50)
     apply_schema(database)
     assert next_row_id(connection) == 51
 
