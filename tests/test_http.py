@@ -12,7 +12,8 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from itertools import product
+from http.client import HTTPConnection
+from itertools import pairwise, product
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -595,6 +596,42 @@ def test_whatever_goes_wrong_every_voter_hears_of_it(application, monkeypatch):
         Thread(target=voter, daemon=True).start()
     for _ in range(5):
         told.get(timeout=5)
+
+
+WHO_AM_I = """
+import threading, time
+
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/slowly":
+        time.sleep(0.3)
+    start_response("200 OK", [("Content-Length", "20")])
+    return [b"%20d" % threading.get_ident()]
+"""
+
+
+class WhoAmI(Service):
+    """The server with our settings and worker, and an application that tells which thread it runs in."""
+
+    command = "gunicorn who_am_i:app"
+
+
+def test_a_thread_waits_for_its_visitors_next_request(database, tmp_path):
+    (tmp_path / "who_am_i.py").write_text(WHO_AM_I)
+    with WhoAmI(database, WEB_CONCURRENCY="1", GUNICORN_CMD_ARGS=f"--pythonpath={tmp_path}") as service:
+        visitors = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
+        for visitor in visitors:
+            visitor.request("GET", "/slowly")
+        others = {visitor.getresponse().read() for visitor in visitors}
+        assert len(others) > 4  # threads that are free in a moment, and could serve the next request as well
+        time.sleep(0.2)
+
+        served_by = []
+        for _ in range(30):
+            visitors[0].request("GET", "/")
+            served_by.append(visitors[0].getresponse().read())
+            time.sleep(0.02)
+        stayed = sum(before == after for before, after in pairwise(served_by))
+        assert stayed > 20  # a busy machine may be late now and then
 
 
 # Settings
