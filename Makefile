@@ -49,7 +49,7 @@ test-packages: REQUIREMENTS = tests/local/requirements.txt tests/requirements.tx
 packages test-packages:
 	@for python in $(PYTHON); do \
 	    if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; \
-	    then exec $$python -m local.install $(REQUIREMENTS); fi; \
+	    then PYTHONPATH=tests exec $$python -m local.install $(REQUIREMENTS); fi; \
 	done; \
 	$(firstword $(PYTHON)) -c 'import ensurepip, sys; print(sys.version)' 2>&1 | tail -n 1 >&2; \
 	echo 'Python 3.10 or later with venv is needed (apt-get install python3-venv); or make PYTHON=/path/to/python3' >&2; \

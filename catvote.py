@@ -1,7 +1,7 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
-A server such as gunicorn calls `app`, at the end of this file, for each request. Bottle finds the request's
-handler; the handler asks the database, and fills a view.
+A server such as gunicorn calls `app`, at the end of this file, for each request. If the answer is made already, it is
+given out; else Bottle finds the request's handler, which asks the database and fills a view.
 """
 
 import atexit
@@ -61,30 +61,31 @@ SUMMARY = "Two cats dressed as donuts, Pita and Fruit Gummi, want your vote."  #
 SITE_URL = os.environ.get("SITE_URL", "").strip().rstrip("/")  # for links in chats, which have to be absolute
 DEVELOPMENT = bool(os.environ.get("DEVELOPMENT"))
 
-# All times are in seconds. A statement takes at most CONNECTION_PATIENCE + its own + 2 x CANCEL_PATIENCE: 5 for a vote.
+# All times are in seconds. A vote takes 5 at most: to get a connection, for the statement, to ask the server to cancel
+# it, and for the server's answer to that.
 CONNECTION_PATIENCE = 1  # for one of the pool's connections
 VOTE_PATIENCE = 2  # for the statement that stores votes
 TALLY_PATIENCE = 1  # for the statement that reads the tally
 HISTORY_PATIENCE = 2
 CANCEL_PATIENCE = 1  # to ask the server to cancel a statement, and as long again for its answer
 
-# A tally on a page is at most a second old, unless the page says otherwise: that leaves time to make and send it.
+# A tally on a page is at most a second old, or the page says so. Fresh for 0.8 leaves time to make and send the page.
 TALLY_REFRESHED_AFTER, TALLY_FRESH = 0.5, 0.8
 HISTORY_REFRESHED_AFTER, HISTORY_FRESH = 20, 50
-PAGE_WAIT = 0.5  # after a reading was asked for: then nobody waits for it, if there is an older one to show
-VOTER_WAIT = 1.5  # of a visitor who has just voted, for a reading that has the vote
-FIRST_WAIT = 5  # of a visitor while nothing is known yet: as long as a reading may take
-RETRY_PAUSE = 0.2  # an error that comes at once must not be asked for, and logged, at each visit
+PAGE_WAIT = 0.5  # after a reading was asked for, visitors get an older one rather than wait on
+VOTER_WAIT = 1.5  # how long a visitor who has just voted waits for a reading that has the vote
+FIRST_WAIT = 5  # how long a visitor waits while there is no reading at all: as long as one may take
+RETRY_PAUSE = 0.2  # after a reading that failed: else an error that comes at once is logged at each visit
 RETRY_AFTER = 5  # for visitors whom we ask to come again
 
 # Connections to the database cost more than threads. Two workers have at most 8 of them: small hosted plans allow 20.
-CONNECTIONS_FOR_VOTES = 2
-CONNECTIONS_FOR_PAGES = 2
+CONNECTIONS_FOR_VOTES = 2  # the second takes over while the first is held up
+CONNECTIONS_FOR_PAGES = 2  # one for each Reader
 UNUSED_TOO_LONG = 10  # networks forget silent connections without a word, some after a minute
 KEEPALIVE_PAUSE = 20
 
-VOTES_A_STATEMENT = 8  # if it hangs, not all threads hang with it
-TURN_PATIENCE = 0.1  # after which a statement need not wait for the one before
+VOTES_A_STATEMENT = 8  # so a statement that hangs holds no more threads
+TURN_PATIENCE = 0.1  # how long a statement waits for the one before; then both run
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
 
 FOLDER = Path(__file__).resolve().parent
@@ -128,7 +129,7 @@ def database_url() -> str:
 
 
 def initdb(url: str | None = None) -> None:
-    """Apply schema.sql to a database, that of DATABASE_URL by default: again and again, also while people vote.
+    """Apply schema.sql to a database, that of DATABASE_URL by default. It is safe to repeat, even while people vote.
 
     Raises ValueError as `database_url`, and psycopg.Error.
     """
@@ -140,8 +141,8 @@ class Trouble(Enum):
     """What became of a statement that failed."""
 
     AWAY = "The database did not answer in time, and has not done it."
-    UNCERTAIN = "The connection was lost when it had been sent: it may have been done all the same."
-    REFUSED = "It breaks a constraint of the schema."
+    UNCERTAIN = "The database, or the way to it, failed when it had been sent: it may have been done all the same."
+    REFUSED = "It breaks a check constraint of the schema."
     NOT_READY = "The database answers, but cannot do what it was asked for."
 
 
@@ -154,12 +155,15 @@ class Unavailable(HTTPError):
 
 
 class Connection(psycopg.Connection):
-    """A connection on which no statement goes on after the moment `give_up_at`, even if the server has frozen."""
+    """A connection whose statements are cancelled at the moment `give_up_at`, even if the server has frozen."""
 
     give_up_at = inf  # time.monotonic()
 
     def wait(self, gen, interval=0.1, timeout=None):
-        """Wait for a statement. psycopg calls this for every one (checked: 3.3.9; guarded by tests/test_faults.py)."""
+        """Wait for the server's answer; `gen` is a generator that works on it until it is complete.
+
+        psycopg calls this method for each statement (checked: 3.3.9; guarded by tests/test_faults.py).
+        """
         if self.give_up_at < inf:
             timeout = max(self.give_up_at - monotonic(), 0)
         try:
@@ -170,10 +174,11 @@ class Connection(psycopg.Connection):
             raise
 
     def cancel_and_close(self, gen):
-        """Ask the server to cancel; raise QueryCanceled if it says that it did, for then nothing was done.
+        """Ask the server to cancel the statement, and wait on for its answer a little.
 
-        If it says that the statement was done, our time-out stands: with synchronous replication, a commit that is
-        cancelled may be on this server only.
+        If it says that it cancelled, nothing was done: that raises QueryCanceled. If it says nothing, it may do it
+        later. If it says that the statement was done, our time-out stands, too: with synchronous replication, a commit
+        that is cancelled may be on this server only.
         """
         with closing(self):
             self.cancel_safe(timeout=CANCEL_PATIENCE)
@@ -183,8 +188,11 @@ class Connection(psycopg.Connection):
 class Pool(ConnectionPool):
     """A pool that opens at its first use, so in the process that uses it, and trusts no silent connection.
 
+    Connections that nobody needs are closed after a while, one at a time (`max_idle`). If nobody came at all, or if the
+    server has hung up on one, all that are left are replaced before they are used (`drain`).
+
     name -- what the log calls it
-    size -- how many connections there are at most; none is kept while nobody comes
+    size -- how many connections there are at most
     """
 
     def __init__(self, name: str, size: int):
@@ -221,9 +229,9 @@ class Pool(ConnectionPool):
 
     def refuse_if_hung_up(self, connection):
         """Raise psycopg.OperationalError if the server has hung up; then the others have to go, too."""
-        socket = poll()  # a server says nothing on an idle connection but good-bye
-        socket.register(connection.fileno(), POLLIN)
-        if socket.poll(0):
+        server = poll()  # it says nothing on an idle connection but good-bye
+        server.register(connection.fileno(), POLLIN)
+        if server.poll(0):
             connection.close()
             self.drain()
             raise psycopg.OperationalError("the server has hung up")
@@ -293,7 +301,7 @@ def advice(error: Exception) -> str:
 class Reading(NamedTuple):
     """The rows that a statement returned.
 
-    begun_at -- time.monotonic() when it was asked for; they have every vote that was committed before
+    begun_at -- time.monotonic() when the reading began; it has every vote that was committed before
     outdated -- no newer one came in time
     """
 
@@ -303,13 +311,13 @@ class Reading(NamedTuple):
 
 
 class Reader:
-    """Runs one statement for all visitors, in a thread of its own, so that nobody has to wait for a slow database.
+    """Reads by one statement for all visitors, in a thread of its own, so that a slow database holds up few of them.
 
-    There is at most one question before the database, and one in the queue behind it. The queued one will see every
-    vote committed before now; the running one may not.
+    At most one reading is under way, and one is queued behind it. The queued one will have every vote committed before
+    now; the one under way may not.
 
     patience -- seconds for the statement
-    refreshed_after -- age in seconds at which a new reading is asked for, while visitors get the one there is
+    refreshed_after -- age in seconds at which a new reading is queued, while visitors get the one there is
     fresh -- age in seconds after which visitors wait for the new one
     """
 
@@ -320,10 +328,10 @@ class Reader:
         self.fresh = fresh
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.lock = Lock()  # for changes of the three below
-        self.last = None  # the last Reading
-        self.question = Future()  # the newest one: its result will be a Reading or a Trouble
-        self.question.set_result(Trouble.AWAY)
-        self.asked_at = -inf
+        self.last = None  # the last Reading that succeeded
+        self.newest = Future()  # of the newest one: its result will be a Reading, or a Trouble
+        self.newest.set_result(Trouble.AWAY)  # none is under way yet
+        self.queued_at = -inf
 
     def if_fresh(self) -> Reading | None:
         """Return the last Reading if it is fresh. If it gets old, have a new one made meanwhile."""
@@ -332,7 +340,7 @@ class Reader:
             return None
         age = monotonic() - reading.begun_at
         if age > self.refreshed_after:
-            self.unanswered_question()
+            self.coming()
         return reading if age <= self.fresh else None
 
     def latest(self) -> Reading:
@@ -340,31 +348,33 @@ class Reader:
         reading = self.if_fresh()
         if reading:
             return reading
-        question = self.unanswered_question()
-        if self.last is None:
-            return self.wait_for(question, FIRST_WAIT)
-        # Who comes late to a question that gets no answer does not wait at all.
-        return self.wait_for(question, self.asked_at + PAGE_WAIT - monotonic())
+        last = self.last
+        coming = self.coming()
+        if last is None:
+            return self.wait_for(coming, FIRST_WAIT, last)
+        # Who comes late to a reading that takes long does not wait at all.
+        return self.wait_for(coming, self.queued_at + PAGE_WAIT - monotonic(), last)
 
     def begun_from_now(self) -> Reading:
-        """Return a Reading that was begun after this call, else as `latest`."""
+        """Return a Reading that begins after this call; else as `latest`."""
+        last = self.last
         with self.lock:
-            if self.question.running() or self.question.done():
-                self.ask()
-            question = self.question
-        return self.wait_for(question, VOTER_WAIT if self.last else FIRST_WAIT)
+            if self.newest.running() or self.newest.done():
+                self.queue()
+            coming = self.newest
+        return self.wait_for(coming, VOTER_WAIT if last else FIRST_WAIT, last)
 
-    def unanswered_question(self) -> Future:
-        """Return the question that is running or queued; ask if there is none."""
+    def coming(self) -> Future:
+        """Return the Future of the Reading that is under way or queued; queue one if there is none."""
         with self.lock:
-            if self.question.done():
-                self.ask()
-            return self.question
+            if self.newest.done():
+                self.queue()
+            return self.newest
 
-    def ask(self) -> None:
-        """Have the statement run as soon as the thread is free."""
-        self.question = self.executor.submit(self.read)
-        self.asked_at = monotonic()
+    def queue(self) -> None:
+        """Have a reading made as soon as the thread is free."""
+        self.newest = self.executor.submit(self.read)
+        self.queued_at = monotonic()
 
     def read(self) -> Reading | Trouble:
         """Run the statement."""
@@ -379,22 +389,24 @@ class Reader:
             self.last = reading
         return reading
 
-    def wait_for(self, question: Future, seconds: float) -> Reading:
-        """Return the answer that comes within some seconds, else the last Reading, marked as outdated."""
-        known = self.last
+    def wait_for(self, coming: Future, seconds: float, last: Reading | None) -> Reading:
+        """Return the Reading that comes within some seconds, else the last one, marked as outdated.
+
+        last -- the last one that was known before; if it still is, all visitors get it as outdated from now on
+        """
         try:
-            answer = question.result(max(seconds, 0))
+            result = coming.result(max(seconds, 0))
         except FutureTimeout:
-            answer = Trouble.AWAY
-        if isinstance(answer, Reading):
-            return answer
+            result = Trouble.AWAY
+        if isinstance(result, Reading):
+            return result
         with self.lock:
             if self.last is None:
-                raise Unavailable(answer)
-            marked = self.last if self.last.outdated else self.last._replace(outdated=True)
-            if self.last is known:  # none that is newer came meanwhile
-                self.last = marked
-            return marked
+                raise Unavailable(result)
+            outdated = self.last if self.last.outdated else self.last._replace(outdated=True)
+            if self.last is last:
+                self.last = outdated
+            return outdated
 
 
 # No setting of the database, a role or the environment changes what these return.
@@ -443,8 +455,8 @@ class VoteStore:
 
     def __init__(self):
         self.gathering = Batch()
-        self.joining = Lock()
-        self.turn = Lock()
+        self.joining = Lock()  # for changes of the batch that is being gathered
+        self.turn = Lock()  # held by the leader whose statement runs
 
     def store(self, vote: str) -> None:
         """Return when a vote is committed. Raises Unavailable."""
@@ -483,7 +495,7 @@ class VoteStore:
 
 
 def attempt(votes: list[str]) -> Trouble | None:
-    """Store votes by one statement; return None, or the Trouble."""
+    """Store votes by one statement; return None, or the Trouble: each voter needs an exception of one's own."""
     try:
         execute(vote_pool, VOTE_PATIENCE, INSERT, [votes])
     except Unavailable as error:
@@ -541,7 +553,7 @@ class SharedPage:
     def finished(self) -> Answer | None:
         """Return the Answer if it is made already, and fresh."""
         last_reading, answer = self.last_made
-        return answer if last_reading is self.reader.if_fresh() else None
+        return answer if answer and last_reading is self.reader.if_fresh() else None
 
 
 def render(view: str, **values) -> str:
@@ -599,7 +611,7 @@ shared_pages = {"/": index_page, "/tally.json": tally_page, "/history": history_
 
 
 def make_file(file: Path) -> Answer:
-    """Return the Answer with a static file, by an address that names the present version."""
+    """Return the Answer with a static file."""
     content_type, _ = mimetypes.guess_type(file.name)
     return Answer(file.read_bytes(), content_type or "application/octet-stream", KEPT_FOR_A_YEAR)
 
@@ -703,22 +715,24 @@ def read_body() -> bytes:
 @routes.get("/healthz")
 def healthz():
     """200 while the database answers and has the schema, for a platform that asks; else 503."""
-    execute(page_pool, TALLY_PATIENCE, "SELECT FROM public.vote_totals, public.votes_by_hour LIMIT 0")
+    for reading in (tally_reader.begun_from_now(), history_reader.latest()):
+        if reading.outdated:
+            raise Unavailable(Trouble.AWAY)
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
 
 @routes.get("/static/<path:path>")
 def static(path):
     """A file or a part of it; for a year if its address names the present version, else to be asked for again."""
-    known = files.get(request.path)
-    if known and "HTTP_IF_NONE_MATCH" in request.environ:  # it wins over a date (RFC 9110, section 13.1.3)
-        file = give(known)
+    file = files.get(request.path)
+    if file and "HTTP_IF_NONE_MATCH" in request.environ:  # wins over a date, which Bottle does not know
+        answer = give(file)
     else:
-        file = static_file(path, root=STATIC, etag=known.tag if known else False)
-    if file.status_code < 400:
-        file.headers.pop("Date", None)  # the server sends one
-        file.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == VERSION_QUERY else ASK_AGAIN)
-    return file
+        answer = static_file(path, root=STATIC, etag=file.tag if file else False)
+    if answer.status_code < 400:
+        answer.headers.pop("Date", None)  # the server sends one
+        answer.set_header("Cache-Control", KEPT_FOR_A_YEAR if request.query_string == VERSION_QUERY else ASK_AGAIN)
+    return answer
 
 
 def error_page(error: HTTPError) -> str:
@@ -770,7 +784,7 @@ def app(environ, start_response):
         status, headers, body = answer.for_visitor(environ)
         start_securely(status, headers)
         return [body]
-    # Bottle drops bytes that are not UTF-8, which would make / of /%FF; no path of ours has any.
+    # Bottle drops bytes that are not UTF-8, which would make / of /%FF; none of our paths has others than ASCII.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()
     return routes(environ, start_securely)
 

@@ -75,6 +75,8 @@ ON public.votes USING brin (date_created) WITH (autosummarize = on);
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_attribute WHERE attrelid = 'public.tally'::regclass AND attname = 'hour') THEN
+        -- Locks this view, then its table, as its readers do: another order would be a deadlock.
+        LOCK TABLE public.vote_totals IN ACCESS EXCLUSIVE MODE;
         ALTER TABLE public.tally
             ADD COLUMN hour timestamptz NOT NULL DEFAULT '-infinity',
             DROP CONSTRAINT tally_primary_key,
@@ -96,7 +98,7 @@ BEGIN
     IF TG_OP = 'INSERT' THEN
         INSERT INTO public.tally AS counter (hour, vote, slot, votes)
         SELECT coalesce(hour, '-infinity') AS key, vote, own_slot, count(*)
-        FROM (SELECT date_bin('1 hour', date_created, 'epoch'), vote FROM inserted) AS change (hour, vote)
+        FROM (SELECT date_trunc('hour', date_created, 'UTC'), vote FROM inserted) AS change (hour, vote)
         GROUP BY GROUPING SETS ((vote), (vote, hour))
         HAVING hour IS NULL OR isfinite(hour)
         ORDER BY key, vote
@@ -104,7 +106,7 @@ BEGIN
     ELSIF TG_OP = 'DELETE' THEN
         INSERT INTO public.tally AS counter (hour, vote, slot, votes)
         SELECT coalesce(hour, '-infinity') AS key, vote, own_slot, -count(*)
-        FROM (SELECT date_bin('1 hour', date_created, 'epoch'), vote FROM deleted) AS change (hour, vote)
+        FROM (SELECT date_trunc('hour', date_created, 'UTC'), vote FROM deleted) AS change (hour, vote)
         GROUP BY GROUPING SETS ((vote), (vote, hour))
         HAVING hour IS NULL OR isfinite(hour)
         ORDER BY key, vote
@@ -113,9 +115,9 @@ BEGIN
         INSERT INTO public.tally AS counter (hour, vote, slot, votes)
         SELECT coalesce(hour, '-infinity') AS key, vote, own_slot, sum(delta)
         FROM (
-            SELECT date_bin('1 hour', date_created, 'epoch'), vote, 1 FROM inserted
+            SELECT date_trunc('hour', date_created, 'UTC'), vote, 1 FROM inserted
             UNION ALL
-            SELECT date_bin('1 hour', date_created, 'epoch'), vote, -1 FROM deleted
+            SELECT date_trunc('hour', date_created, 'UTC'), vote, -1 FROM deleted
         ) AS change (hour, vote, delta)
         GROUP BY GROUPING SETS ((vote), (vote, hour))
         HAVING (hour IS NULL OR isfinite(hour)) AND sum(delta) <> 0
@@ -156,7 +158,7 @@ BEGIN
     SELECT hour, vote, -1, sum(votes)
     FROM (
         SELECT coalesce(hour, '-infinity'), vote, count(*)
-        FROM (SELECT date_bin('1 hour', date_created, 'epoch'), vote FROM public.votes) AS counted (hour, vote)
+        FROM (SELECT date_trunc('hour', date_created, 'UTC'), vote FROM public.votes) AS counted (hour, vote)
         GROUP BY GROUPING SETS ((vote), (vote, hour))
         HAVING hour IS NULL OR isfinite(hour)
         UNION ALL

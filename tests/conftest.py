@@ -11,8 +11,10 @@ import psycopg
 import pytest
 from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema
+from local.programs import programs_of
 from local.service import Service, free_port
 from playwright.sync_api import sync_playwright
+from sessions import Session
 
 # Tests reach databases by URL alone.
 for name in [name for name in os.environ if name.startswith("PG")]:
@@ -30,18 +32,33 @@ def missing(reason):
 
 
 @pytest.fixture(scope="session")
-def server():
-    """A PostgreSQL server: a LocalPostgres."""
+def own_server():
+    """A PostgreSQL server for all tests: a LocalPostgres."""
     with LocalPostgres() as server:
         yield server
 
 
+@pytest.fixture(scope="module")
+def server(request, own_server):
+    """The server of all tests or, for tests marked on_every_major, one of that version."""
+    major = getattr(request, "param", None)
+    if not major:
+        yield own_server
+        return
+    try:
+        bindir = programs_of(major)
+    except RuntimeError as error:
+        missing(str(error))
+    with LocalPostgres(bindir=bindir) as other:
+        yield other
+
+
 @pytest.fixture(scope="session")
-def template(server):
+def template(own_server):
     """Name of a database with the schema, to be copied."""
-    with psycopg.connect(server.url(), autocommit=True) as connection:
+    with psycopg.connect(own_server.url(), autocommit=True) as connection:
         connection.execute("CREATE DATABASE catvote_template")
-    apply_schema(server.url("catvote_template"))
+    apply_schema(own_server.url("catvote_template"))
     return "catvote_template"
 
 
@@ -56,13 +73,6 @@ def new_database(server, template):
 
 
 @pytest.fixture
-def database(server, template):
-    """URL of a database with the schema and no votes, for one test."""
-    with new_database(server, template) as url:
-        yield url
-
-
-@pytest.fixture
 def empty_database(server):
     """URL of a database without anything, for one test."""
     with new_database(server, "template0") as url:
@@ -70,10 +80,35 @@ def empty_database(server):
 
 
 @pytest.fixture
+def database(empty_database):
+    """URL of a database with the schema and no votes, for one test."""
+    apply_schema(empty_database)
+    return empty_database
+
+
+@pytest.fixture
 def connection(database):
     """An autocommit connection to `database`."""
     with psycopg.connect(database, autocommit=True) as connection:
         yield connection
+
+
+@pytest.fixture
+def connect():
+    """A function that opens a Session in autocommit mode, closed after the test."""
+    sessions = []
+
+    def connect(url):
+        sessions.append(Session.connect(url, autocommit=True))
+        return sessions[-1]
+
+    yield connect
+    # A test that failed may leave sessions that wait for each other.
+    for session in sessions:
+        session.cancel_safe()
+    for session in sessions:
+        with session.lock:
+            session.close()
 
 
 @pytest.fixture

@@ -1,4 +1,6 @@
--- catvote's database as its first version made it: test_databases.py brings one forward to schema.sql of today.
+-- catvote's database: each click a row in votes, an exact tally beside it, views for psql.
+-- Plain SQL in one transaction, for PostgreSQL 14 and later: psql, a hosted console or a
+-- driver can apply it, again and again, also while people vote, under any search_path.
 
 -- Whatever the database's default is: the first count must see the votes it waited for.
 BEGIN ISOLATION LEVEL READ COMMITTED;

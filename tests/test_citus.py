@@ -23,7 +23,7 @@ from local.service import Service
 from catvote import initdb
 
 FOLDER = ROOT / "tests/scale"
-GUIDE = FOLDER / "citus-section.md"
+GUIDE = FOLDER / "README.md"
 
 
 def guide(name):

@@ -373,24 +373,24 @@ def test_history_says_so_when_there_is_none(visit, service):
 # When things go wrong
 
 
-def assert_error(page, heading, message, step):
-    """Check that an error page says what it should and offers one way on."""
-    expect(page.get_by_role("heading", level=1)).to_have_text(heading)
-    expect(page.get_by_role("main")).to_contain_text(message)
-    expect(page.get_by_role("main").get_by_role("link")).to_have_text([step])
+def assert_leads_to_the_cats(page):
+    """Check that an error page offers one way on, which leads to the page with the cats."""
+    page.get_by_role("main").get_by_role("link").click()
+    expect(button(page, "Pita")).to_be_visible()
 
 
 def test_an_unknown_cat_is_refused_with_a_way_back(visit):
     page = visit()
     page.evaluate("document.querySelector('[value=Pita]').value = 'Dog'")
     button(page, "Pita").click()
-    assert_error(page, "That vote did not work", "no vote was counted", "Back to the vote")
-    page.get_by_role("main").get_by_role("link").click()
-    expect(button(page, "Pita")).to_be_visible()
+    expect(page.get_by_role("main")).to_contain_text("no vote was counted")
+    assert_leads_to_the_cats(page)
 
 
 def test_an_unknown_page_leads_to_the_cats(visit):
-    assert_error(visit("/no-such-page"), "There is no such page", "", "Back to the vote")
+    page = visit("/no-such-page")
+    expect(page.get_by_role("main")).to_contain_text("no such page")
+    assert_leads_to_the_cats(page)
 
 
 def test_a_vote_while_the_database_is_away_is_said_not_to_count(visit, server, database):
@@ -398,14 +398,14 @@ def test_a_vote_while_the_database_is_away_is_said_not_to_count(visit, server, d
         page = visit(url=service.url)
         with away(server, database):
             button(page, "Pita").click()
-            closed = "The bakery is closed for a moment"
-            assert_error(page, closed, "your vote was not counted", "Try again in a few seconds")
+            expect(page.get_by_role("main")).to_contain_text("vote was not counted")
+        assert_leads_to_the_cats(page)
 
 
-def test_a_vote_that_could_not_be_confirmed_is_to_be_looked_for():
+def test_a_vote_that_could_not_be_confirmed_is_not_said_to_be_lost():
     page = catvote.render("error", status=503, message=None, trouble=catvote.Trouble.UNCERTAIN, voting=True)
-    assert "your vote could not be confirmed" in page
-    assert "Look at the tally before you vote again" in page
+    assert "vote could not be confirmed" in page
+    assert "not counted" not in page
 
 
 # What a page costs, and for whom it works

@@ -1,125 +1,21 @@
-"""What schema.sql promises: an exact tally whatever SQL changes votes, whoever runs it, at a flat price."""
+"""What schema.sql promises: exact counters whatever SQL changes votes, whoever runs it, at a flat price."""
 
 import re
-import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from threading import Barrier, Event
+from threading import Event
 
 import psycopg
 import pytest
-from conftest import missing, new_database
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from local.postgres import ROOT, LocalPostgres, apply_schema
-from local.programs import programs_of
+from local.postgres import ROOT
 from psycopg import errors
-from psycopg.conninfo import make_conninfo
+from sessions import CATS, ISOLATION_LEVELS, at_once, hours, inexact, on_every_major, totals, vote, wait_until_blocked
 
 SCHEMA = (ROOT / "schema.sql").read_text()
-CATS = ("Gummi", "Pita")
-ISOLATION_LEVELS = ["read committed", "repeatable read", "serializable"]
-
-# What matters most runs on the oldest and the newest PostgreSQL, too.
-on_every_major = pytest.mark.parametrize("server", [14, None, 18], indirect=True, ids=["14", "own", "18"])
-
-
-@pytest.fixture(scope="module")
-def server(request, server):
-    """The server of all tests or, for tests marked on_every_major, one of that version."""
-    major = getattr(request, "param", None)
-    if not major:
-        yield server
-        return
-    try:
-        bindir = programs_of(major)
-    except RuntimeError as error:
-        missing(str(error))
-    with LocalPostgres(bindir=bindir) as other:
-        yield other
-
-
-@pytest.fixture
-def database(empty_database):
-    """URL of a database with the schema and no votes, for one test."""
-    apply_schema(empty_database)
-    return empty_database
-
-
-class Session(psycopg.Connection):
-    """A connection that can also execute a statement in the background."""
-
-    def start(self, statement):
-        """Execute a statement in a thread; return a future of its cursor."""
-        executor = ThreadPoolExecutor(1)
-        future = executor.submit(self.execute, statement)
-        executor.shutdown(wait=False)
-        return future
-
-
-@pytest.fixture
-def connect():
-    """A function that opens a Session in autocommit mode, closed after the test."""
-    sessions = []
-
-    def connect(url):
-        sessions.append(Session.connect(url, autocommit=True))
-        return sessions[-1]
-
-    yield connect
-    # A test that failed may leave sessions that wait for each other.
-    for session in sessions:
-        session.cancel_safe()
-    for session in sessions:
-        with session.lock:
-            session.close()
-
-
-def vote(connection, *cats):
-    """Cast votes, one for each cat named."""
-    connection.execute("INSERT INTO public.votes (vote) SELECT unnest(%s::text[])", [list(cats)])
-
-
-def totals(connection):
-    """Return the tally as people see it."""
-    return dict(connection.execute("SELECT vote, votes FROM public.vote_totals").fetchall())
-
-
-def inexact(connection):
-    """Return (cat, votes by vote_totals, rows in votes) where they differ, all seen in one snapshot."""
-    return connection.execute(
-        """
-        SELECT vote, total.votes, counted.votes
-        FROM public.vote_totals AS total
-        FULL JOIN (SELECT vote, count(*) AS votes FROM public.votes GROUP BY vote) AS counted USING (vote)
-        WHERE total.votes IS DISTINCT FROM coalesce(counted.votes, 0)
-        """,
-        prepare=False,
-    ).fetchall()
-
-
-def wait_until_blocked(observer, connection):
-    """Return as soon as the connection's statement waits for another session's lock."""
-    deadline = time.monotonic() + 10
-    query = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
-    while not observer.execute(query, [connection.info.backend_pid]).fetchone()[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-def at_once(sessions, url, work):
-    """Call work(connection, number) in that many sessions at once; return what the calls returned."""
-    barrier = Barrier(sessions, timeout=10)
-
-    def session(number):
-        with psycopg.connect(url, autocommit=True) as connection:
-            barrier.wait()
-            return work(connection, number)
-
-    with ThreadPoolExecutor(sessions) as executor:
-        return list(executor.map(session, range(sessions)))
 
 
 def share_one_slot(connection):
@@ -127,18 +23,6 @@ def share_one_slot(connection):
     (definition,) = connection.execute("SELECT pg_get_functiondef('count_votes'::regproc)").fetchone()
     assert "% 32" in definition
     connection.execute(definition.replace("% 32", "% 1"))
-
-
-def run(program, *arguments, standard_input=None):
-    """Return the standard output of a PostgreSQL program, which must succeed."""
-    process = subprocess.run([program, *arguments], input=standard_input, capture_output=True, text=True)
-    assert (process.returncode, process.stderr) == (0, "")
-    return process.stdout
-
-
-def feed(server, url, statements):
-    """Let psql execute statements, which it must do without an error, a warning or a notice."""
-    run(server.bindir / "psql", "--quiet", "--set=ON_ERROR_STOP=1", url, standard_input=statements)
 
 
 # Exact whatever one session does
@@ -150,6 +34,11 @@ class AnyStatements(stateful.RuleBasedStateMachine):
     lists_of_cats = st.lists(st.sampled_from(CATS), max_size=4)  # none at all, too
     cats = st.sampled_from(CATS)
     divisors = st.integers(1, 3)
+    # Two of one hour, the next one's first instant, and what is in no chart.
+    dates = st.sampled_from(
+        ["2024-05-01 12:00 UTC", "2024-05-01 12:59:59.999999 UTC", "2024-05-01 13:00 UTC"]
+        + ["infinity", "-infinity", "12000-01-01", "4000-01-01 BC", "now"]
+    )
     sources = st.dictionaries(st.integers(-4, -1), cats, max_size=4)  # by row_id: some exist, some do not
 
     def __init__(self, connection):
@@ -171,11 +60,16 @@ class AnyStatements(stateful.RuleBasedStateMachine):
     def insert(self, cats):
         vote(self.connection, *cats)
 
-    @stateful.rule(cats=lists_of_cats)
-    def copy(self, cats):
-        with self.connection.cursor().copy("COPY public.votes (vote) FROM STDIN") as copy:
-            for cat in cats:
-                copy.write_row([cat])
+    @stateful.rule(votes=st.lists(st.tuples(cats, dates), max_size=4))
+    def insert_of_any_date(self, votes):
+        with self.connection.cursor() as cursor:
+            cursor.executemany("INSERT INTO public.votes (vote, date_created) VALUES (%s, %s)", votes)
+
+    @stateful.rule(votes=st.lists(st.tuples(cats, dates), max_size=4))
+    def copy(self, votes):
+        with self.connection.cursor().copy("COPY public.votes (vote, date_created) FROM STDIN") as copy:
+            for row in votes:
+                copy.write_row(row)
 
     @stateful.rule(cat=cats, divisor=divisors)
     def update(self, cat, divisor):
@@ -186,9 +80,13 @@ class AnyStatements(stateful.RuleBasedStateMachine):
         swapped = "CASE vote WHEN 'Pita' THEN 'Gummi' ELSE 'Pita' END"
         self.execute(f"UPDATE public.votes SET vote = {swapped} WHERE row_id %% %s = 0", [divisor])
 
-    @stateful.rule()
-    def update_date_only(self):
-        self.execute("UPDATE public.votes SET date_created = now()")
+    @stateful.rule(date=dates, divisor=divisors)
+    def move_to_a_date(self, date, divisor):
+        self.execute("UPDATE public.votes SET date_created = %s WHERE row_id %% %s = 0", [date, divisor])
+
+    @stateful.rule(minutes=st.integers(-90, 90))
+    def move_by_minutes(self, minutes):
+        self.execute("UPDATE public.votes SET date_created = date_created + make_interval(mins => %s)", [minutes])
 
     @stateful.rule(divisor=divisors)
     def delete(self, divisor):
@@ -198,7 +96,9 @@ class AnyStatements(stateful.RuleBasedStateMachine):
     def truncate(self):
         self.execute("TRUNCATE public.votes")
 
-    @stateful.rule(source=sources, action=st.sampled_from(["NOTHING", "UPDATE SET vote = EXCLUDED.vote"]))
+    @stateful.rule(
+        source=sources, action=st.sampled_from(["NOTHING", "UPDATE SET vote = EXCLUDED.vote, date_created = now()"])
+    )
     def insert_on_conflict(self, source, action):
         self.execute(
             f"""
@@ -210,17 +110,17 @@ class AnyStatements(stateful.RuleBasedStateMachine):
         )
 
     @stateful.precondition(lambda self: self.connection.info.server_version >= 15_00_00)
-    @stateful.rule(source=sources)
-    def merge(self, source):
+    @stateful.rule(source=sources, date=dates)
+    def merge(self, source, date):
         self.execute(
             """
             MERGE INTO public.votes
             USING unnest(%s::bigint[], %s::text[]) AS source (row_id, vote) ON votes.row_id = source.row_id
             WHEN MATCHED AND votes.vote = source.vote THEN DELETE
-            WHEN MATCHED THEN UPDATE SET vote = source.vote
+            WHEN MATCHED THEN UPDATE SET vote = source.vote, date_created = %s
             WHEN NOT MATCHED THEN INSERT (row_id, vote) OVERRIDING SYSTEM VALUE VALUES (source.row_id, source.vote)
             """,
-            [list(source), list(source.values())],
+            [list(source), list(source.values()), date],
         )
 
     @stateful.rule(cats=lists_of_cats)
@@ -313,13 +213,15 @@ def test_mixed_statements_of_many_sessions_neither_deadlock_nor_miscount(connect
 
     def write(writer, number):
         writer.execute(f"SET default_transaction_isolation = '{isolation}'")
-        # Writers meet at the tally alone: each changes votes of its own, told by their year.
-        own = f"date_created = '{2000 + number}-01-01'"
+        # Writers meet at the counters alone: each changes votes of its own, told by their minute.
+        own = f"extract(minute FROM date_created) = {number}"
+        date = f"timestamptz '2000-01-01 12:0{number} UTC'"
         swapped = "CASE vote WHEN 'Pita' THEN 'Gummi' ELSE 'Pita' END"
         statements = [
-            f"INSERT INTO votes (date_created, vote) SELECT '{2000 + number}-01-01', unnest('{{Pita,Gummi,Pita}}'::text[])",
-            f"INSERT INTO votes (date_created, vote) VALUES ('{2000 + number}-01-01', 'Gummi')",
+            f"INSERT INTO votes (date_created, vote) SELECT {date}, unnest('{{Pita,Gummi,Pita}}'::text[])",
+            f"INSERT INTO votes (date_created, vote) VALUES ({date} + interval '1 hour', 'Gummi')",
             f"UPDATE votes SET vote = {swapped} WHERE {own}",
+            f"UPDATE votes SET date_created = {date} + row_id % 3 * interval '1 hour' WHERE {own}",
             f"BEGIN; DELETE FROM votes WHERE {own}; ROLLBACK",
             f"DELETE FROM votes WHERE {own} AND row_id % 3 < 2",
         ]
@@ -364,6 +266,27 @@ def test_a_statement_holds_no_counter_while_it_waits_for_that_of_an_earlier_cat(
     wait_until_blocked(connection, blocked)
     connection.execute("SET lock_timeout = '1s'")
     vote(connection, "Pita")
+    blocker.execute("COMMIT")
+    running.result()
+    assert inexact(connection) == []
+
+
+def test_a_statement_holds_no_counter_while_it_waits_for_that_of_an_earlier_hour(connection, database, connect):
+    share_one_slot(connection)
+    connection.execute(
+        """
+        INSERT INTO votes (date_created, vote)
+        SELECT timestamptz '2024-05-01 UTC' + hour * interval '1 hour', 'Pita' FROM unnest('{1,5,5}'::int[]) AS hour
+        """
+    )
+    move = "UPDATE votes SET date_created = '2024-05-01 {}:00 UTC' WHERE row_id = {}".format
+    blocker, blocked = connect(database), connect(database)
+    blocker.execute("BEGIN")
+    blocker.execute(move(3, 1))  # holds the counters of hours 1 and 3
+    running = blocked.start(move(1, 2))
+    wait_until_blocked(connection, blocked)
+    connection.execute("SET lock_timeout = '1s'")
+    connection.execute(move(6, 3))
     blocker.execute("COMMIT")
     running.result()
     assert inexact(connection) == []
@@ -426,15 +349,50 @@ def test_a_recount_from_an_older_snapshot_is_exact_or_refused(connection, databa
     assert inexact(connection) == []
 
 
-def test_a_recount_waits_for_votes_that_are_not_committed(connection, database, connect):
-    voter, other = connect(database), connect(database)
+def test_no_vote_waits_for_a_recount_nor_a_recount_for_votes(connection, database, connect):
+    voter, recounting = connect(database), connect(database)
+    vote(connection, "Pita")
+    connection.execute("DELETE FROM tally")
     voter.execute("BEGIN")
     vote(voter, "Pita")
-    recount = other.start("SELECT recount_votes()")
-    wait_until_blocked(connection, other)
+    recounting.execute("BEGIN; SET LOCAL lock_timeout = '1s'; SELECT recount_votes()")
+    connection.execute("SET lock_timeout = '1s'")
+    vote(connection, "Gummi")
+    connection.execute("DELETE FROM votes WHERE vote = 'Pita'")
     voter.execute("COMMIT")
-    recount.result()
-    assert totals(connection) == {"Gummi": 0, "Pita": 1}
+    recounting.execute("COMMIT")
+    assert totals(connection) == {"Gummi": 1, "Pita": 1}
+    assert inexact(connection) == []
+
+
+@on_every_major
+def test_two_recounts_at_once_mend_a_damage_once(connection, database, connect):
+    vote(connection, "Pita", "Gummi")
+    connection.execute("UPDATE tally SET votes = votes + 7")
+    first, second = connect(database), connect(database)
+    first.execute("BEGIN; SELECT recount_votes()")
+    running = second.start("SELECT recount_votes()")
+    wait_until_blocked(connection, second)
+    first.execute("COMMIT")
+    running.result()
+    assert inexact(connection) == []
+
+
+@on_every_major
+def test_recounts_among_votes_of_many_sessions_leave_the_counters_exact(connection, database):
+    def work(session, number):
+        for _ in range(60):
+            if number == 0:
+                session.execute("SELECT recount_votes()")
+                assert inexact(session) == []
+            else:
+                vote(session, "Pita", "Gummi")
+                session.execute(
+                    "UPDATE votes SET date_created = date_created - interval '1 hour' WHERE row_id %% 7 = %s", [number]
+                )
+
+    at_once(4, database, work)
+    assert inexact(connection) == []
 
 
 # What a vote is
@@ -502,6 +460,51 @@ def test_votes_by_hour_counts_from_the_full_hour(connection):
     assert rows == [("2024-05-01 12:00:00+00", "Pita", 2), ("2024-05-01 13:00:00+00", "Pita", 1)]
 
 
+def test_an_hour_whose_votes_are_gone_is_not_shown(connection):
+    connection.execute("INSERT INTO votes (date_created, vote) VALUES ('2024-05-01 13:00 UTC', 'Pita')")
+    connection.execute("UPDATE votes SET date_created = '2024-05-01 15:30 UTC'")
+    assert hours(connection) == {"2024-05-01 15:00:00": {"Pita": 1}}
+    connection.execute("DELETE FROM votes")
+    assert hours(connection) == {}
+
+
+FAR_DATES = ["infinity", "-infinity", "12000-01-01", "294276-12-31 23:59 UTC", "4714-11-24 00:00 UTC BC", "3000-01-01"]
+# As the service asks, whatever the session's time zone and style of dates.
+HISTORY = """
+SELECT extract(epoch FROM hour)::bigint, vote, votes
+FROM public.votes_by_hour
+WHERE hour > now() - interval '30 days' AND hour <= now()
+"""
+
+
+@on_every_major
+@pytest.mark.parametrize("date", FAR_DATES)
+def test_a_vote_of_any_date_is_counted_and_spoils_no_other(connection, date):
+    connection.execute("SET timezone = 'Asia/Kolkata'; SET datestyle = 'SQL, DMY'")
+    vote(connection, "Pita")
+    connection.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita'), (now(), 'Gummi')", [date])
+    assert totals(connection) == {"Gummi": 1, "Pita": 2}
+    assert inexact(connection) == []
+    assert [votes for _, _, votes in connection.execute(HISTORY)] == [1, 1]
+    connection.execute("SELECT recount_votes()")
+    assert inexact(connection) == []
+    connection.execute("DELETE FROM votes WHERE date_created = %s", [date])
+    assert totals(connection) == {"Gummi": 1, "Pita": 1}
+    assert inexact(connection) == []
+
+
+@pytest.mark.parametrize("date", ["infinity", "-infinity"])
+def test_a_vote_without_a_finite_date_is_in_no_hour(connection, date):
+    connection.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita')", [date])
+    assert (totals(connection)["Pita"], hours(connection)) == (1, {})
+
+
+def test_hours_are_of_utc_whatever_the_zone_of_the_session(connection):
+    connection.execute("SET timezone = 'Asia/Kolkata'")
+    connection.execute("INSERT INTO votes (date_created, vote) VALUES ('2024-05-01 13:15 UTC', 'Pita')")
+    assert hours(connection) == {"2024-05-01 13:00:00": {"Pita": 1}}
+
+
 def test_all_that_people_meet_has_a_comment(connection):
     uncommented = connection.execute(
         """
@@ -556,6 +559,28 @@ def test_totals_cost_the_same_with_many_votes_as_with_few(connection):
     assert explain(connection, "SELECT vote, count(*) FROM votes GROUP BY vote")[1] > 1000
 
 
+@on_every_major
+def test_ten_years_of_hours_make_neither_totals_nor_the_last_month_dearer(connection):
+    vote(connection, "Pita", "Gummi")
+    last_month = "SELECT * FROM votes_by_hour WHERE hour > now() - interval '30 days'"
+    explain(connection, "SELECT * FROM vote_totals")
+    _, pages = explain(connection, "SELECT * FROM vote_totals")
+    connection.execute(
+        """
+        INSERT INTO votes (date_created, vote)
+        SELECT now() - hour * interval '1 hour', cat
+        FROM generate_series(0, 87600) AS hour, unnest('{Gummi,Pita}'::text[]) AS cat
+        """
+    )
+    connection.execute("VACUUM ANALYZE tally")
+    plan, later_pages = explain(connection, "SELECT * FROM vote_totals")
+    assert "'Index Cond': \"(tally.hour = '-infinity'" in plan.replace("(hour =", "(tally.hour =")
+    assert later_pages <= pages + 10
+    plan, pages = explain(connection, last_month)
+    assert "tally_primary_key" in plan
+    assert pages < 100  # of some 3,000
+
+
 def test_a_statement_is_counted_once_not_each_of_its_rows(connection):
     connection.execute("ALTER TABLE votes DISABLE TRIGGER USER")
     uncounted = cast_many(connection)
@@ -571,120 +596,6 @@ def test_the_index_finds_a_time_range(connection):
     )
     assert "votes_date_created_brin" in plan
     assert pages < 400
-
-
-# Applied again
-
-
-@on_every_major
-def test_applying_the_schema_again_changes_nothing(connection, database, server):
-    def dump():
-        text = run(server.bindir / "pg_dump", database)
-        return [line for line in text.splitlines() if not line.startswith(("\\restrict", "\\unrestrict"))]
-
-    vote(connection, "Pita", "Gummi", "Pita")
-    before = dump()
-    apply_schema(database)
-    apply_schema(database)
-    assert dump() == before
-
-
-@on_every_major
-def test_eight_sessions_at_once_may_apply_the_schema_to_an_empty_database(empty_database, connect):
-    at_once(8, empty_database, lambda connection, number: connection.execute(SCHEMA))
-    connection = connect(empty_database)
-    vote(connection, "Pita")
-    assert totals(connection) == {"Gummi": 0, "Pita": 1}
-
-
-@on_every_major
-def test_applying_the_schema_while_votes_come_in_loses_none(connection, database):
-    done = Event()
-
-    def work(session, number):
-        if number == 0:
-            try:
-                for _ in range(10):
-                    session.execute(SCHEMA)
-            finally:
-                done.set()
-            return 0
-        cast = 0
-        while not done.is_set():
-            vote(session, "Pita")
-            cast += 1
-        return cast
-
-    cast = sum(at_once(4, database, work))
-    assert cast > 0
-    assert totals(connection) == {"Gummi": 0, "Pita": cast}
-    assert inexact(connection) == []
-
-
-@on_every_major
-def test_the_owner_of_a_database_need_not_be_a_superuser(server, empty_database, connect):
-    with psycopg.connect(server.url(), autocommit=True) as superuser:
-        superuser.execute("CREATE ROLE database_owner LOGIN PASSWORD 'secret'")
-        superuser.execute(f"ALTER DATABASE {empty_database.rpartition('/')[2]} OWNER TO database_owner")
-    url = make_conninfo(empty_database, user="database_owner", password="secret")
-    apply_schema(url)
-    apply_schema(url)
-    owner = connect(url)
-    vote(owner, "Pita")
-    owner.execute("SELECT recount_votes()")
-    assert inexact(owner) == []
-
-
-@on_every_major
-@pytest.mark.parametrize("isolation", ISOLATION_LEVELS)
-def test_the_first_tally_has_all_votes_of_an_older_table(empty_database, connect, isolation):
-    connection, voter = connect(empty_database), connect(empty_database)
-    connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = '{isolation}'")
-    connection.execute(
-        """
-        CREATE TABLE votes (
-            row_id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-            date_created timestamptz NOT NULL DEFAULT now(),
-            vote varchar(10) NOT NULL
-        )
-        """
-    )
-    vote(connection, "Pita", "Gummi", "Pita")
-    voter.execute("BEGIN")
-    vote(voter, "Pita")
-    applying = connect(empty_database)
-    applied = applying.start(SCHEMA)
-    wait_until_blocked(connection, applying)
-    voter.execute("COMMIT")
-    applied.result()
-    vote(connection, "Gummi")
-    assert totals(connection) == {"Gummi": 2, "Pita": 3}
-    assert inexact(connection) == []
-
-
-def test_the_schema_gives_way_to_a_long_report_and_votes_do_not_wait(connection, database, connect):
-    reader, applying = connect(database), connect(database)
-    reader.execute("BEGIN")
-    reader.execute("SELECT * FROM votes_by_day")
-    applied = applying.start(SCHEMA)
-    wait_until_blocked(connection, applying)
-    connection.execute("SET lock_timeout = '1s'")
-    vote(connection, "Pita")
-    with pytest.raises(errors.LockNotAvailable):
-        applied.result(timeout=5)
-    assert totals(connection) == {"Gummi": 0, "Pita": 1}
-
-
-def test_the_schema_gives_way_before_a_vote_behind_it_is_given_up(connection, database, connect):
-    voter, applying = connect(database), connect(database)
-    voter.execute("BEGIN")
-    vote(voter, "Pita")
-    applied = applying.start(SCHEMA)
-    wait_until_blocked(connection, applying)
-    connection.execute("SET lock_timeout = '1900ms'")
-    vote(connection, "Gummi")
-    with pytest.raises(errors.LockNotAvailable):
-        applied.result(timeout=5)
 
 
 # Search paths and roles
@@ -774,10 +685,11 @@ def test_a_role_may_be_allowed_to_vote_and_nothing_else(connection):
 
 
 @on_every_major
-def test_a_role_may_be_allowed_to_read_the_totals_and_nothing_else(connection):
+def test_a_role_may_be_allowed_to_read_the_counts_and_nothing_else(connection):
     vote(connection, "Pita")
-    connection.execute("CREATE ROLE reader; GRANT SELECT ON vote_totals TO reader; SET ROLE reader")
+    connection.execute("CREATE ROLE reader; GRANT SELECT ON vote_totals, votes_by_hour TO reader; SET ROLE reader")
     assert totals(connection) == {"Gummi": 0, "Pita": 1}
+    assert list(hours(connection).values()) == [{"Pita": 1}]
     for statement in ["SELECT * FROM votes", "SELECT * FROM tally", "INSERT INTO votes (vote) VALUES ('Pita')"]:
         assert refuses(connection, statement)
 
@@ -794,93 +706,29 @@ def test_no_other_role_can_forge_the_tally_by_a_table_of_its_own(connection):
     )
 
 
-# Dump and restore
+# Partitions
 
 
-@on_every_major
-@pytest.mark.parametrize("options", [[], ["--no-owner", "--no-privileges"]], ids=["all", "without owners"])
-def test_a_restored_database_is_exact_and_goes_on_counting(connection, database, server, connect, options):
-    vote(connection, "Pita", "Gummi", "Pita")
-    dump = run(server.bindir / "pg_dump", *options, database)
-    with new_database(server, "template0") as copy:
-        feed(server, copy, dump)
-        restored = connect(copy)
-        assert totals(restored) == {"Gummi": 1, "Pita": 2}
-        vote(restored, "Gummi")
-        assert totals(restored) == {"Gummi": 2, "Pita": 2}
-        with pytest.raises(errors.CheckViolation):
-            vote(restored, "Nobody")
-        feed(server, copy, SCHEMA)
-        assert inexact(restored) == []
-        restored.close()
-
-
-@pytest.mark.parametrize("option", ["--exclude-table=tally", "--exclude-table=votes", "--schema=public"])
-def test_restored_data_are_exact_after_a_recount(connection, database, server, connect, option):
-    vote(connection, "Pita", "Gummi", "Pita")
-    dump = run(server.bindir / "pg_dump", "--data-only", option, database)
-    with new_database(server, "template0") as copy:
-        apply_schema(copy)
-        feed(server, copy, dump)
-        restored = connect(copy)
-        # The triggers have counted the votes already: a tally from the dump comes on top.
-        assert (inexact(restored) == []) == (option == "--exclude-table=tally")
-        restored.execute("SELECT recount_votes()")
-        assert inexact(restored) == []
-        restored.close()
-
-
-# Votes of the earlier application
-
-RECIPE = """
-BEGIN; ALTER TABLE model RENAME TO model_copied;
-INSERT INTO votes (date_created, vote) SELECT date_created AT TIME ZONE 'UTC', vote FROM model_copied
-WHERE vote IN ('Gummi', 'Pita') ORDER BY row_id; COMMIT;
-"""
-
-
-@pytest.fixture
-def earlier_application(connection):
-    """The table of the earlier Flask application, with votes of which not all are for a cat."""
-    connection.execute(
-        """
-        SET timezone = 'Asia/Tokyo';
-        CREATE TABLE model (row_id serial PRIMARY KEY, date_created timestamp DEFAULT now(), vote varchar);
-        INSERT INTO model (row_id, date_created, vote)
-        VALUES (3, '2015-03-01 12:00', 'Pita'), (1, '2015-01-01 12:00', 'Gummi'), (2, '2015-02-01 12:00', 'Dog'),
-               (4, '2015-04-01 12:00', 'Pita'), (5, '2015-05-01 12:00', NULL);
-        SELECT setval('model_row_id_seq', 5);
-        """
+def test_the_partitioned_table_of_the_guide_is_counted_by_the_same_triggers(empty_database):
+    guide = (ROOT / "tests/scale/README.md").read_text()
+    table = re.search(r"^```sql partitions\n(.*?)^```", guide, re.DOTALL | re.MULTILINE)[1]
+    schema, number = re.subn(
+        r"CREATE TABLE IF NOT EXISTS public\.votes \(.*?\);\n",
+        lambda _: table,
+        (ROOT / "schema.sql").read_text(),
+        flags=re.DOTALL,
     )
-
-
-@on_every_major
-def test_the_recipe_copies_votes_for_cats_in_their_order(connection, earlier_application):
-    connection.execute(RECIPE)
-    connection.execute("SET timezone = 'UTC'")
-    assert connection.execute("SELECT row_id, date_created::text, vote FROM votes ORDER BY row_id").fetchall() == [
-        (1, "2015-01-01 12:00:00+00", "Gummi"),
-        (2, "2015-03-01 12:00:00+00", "Pita"),
-        (3, "2015-04-01 12:00:00+00", "Pita"),
-    ]
-    assert inexact(connection) == []
-
-
-def test_the_recipe_copies_but_once(connection, earlier_application):
-    connection.execute(RECIPE)
-    with pytest.raises(errors.UndefinedTable):
-        connection.execute(RECIPE)
-    connection.execute("ROLLBACK")
-    assert totals(connection) == {"Gummi": 1, "Pita": 2}
-
-
-def test_the_recipe_copies_votes_that_the_earlier_application_is_casting(
-    connection, earlier_application, database, connect
-):
-    earlier, copying = connect(database), connect(database)
-    earlier.execute("BEGIN; INSERT INTO model (vote) VALUES ('Gummi')")
-    copied = copying.start(RECIPE)
-    wait_until_blocked(connection, copying)
-    earlier.execute("COMMIT")
-    copied.result()
-    assert totals(connection) == {"Gummi": 2, "Pita": 2}
+    assert number == 1
+    with psycopg.connect(empty_database, autocommit=True) as connection:
+        connection.execute(schema)
+        connection.execute(schema)
+        connection.execute("INSERT INTO votes (vote) SELECT unnest('{Pita,Gummi,Pita,Pita}'::text[])")
+        connection.execute("INSERT INTO votes (vote, date_created) VALUES ('Gummi', '2027-05-05')")
+        connection.execute("UPDATE votes SET date_created = '2027-06-06' WHERE row_id = 1")
+        connection.execute("DELETE FROM votes WHERE row_id = 3")
+        assert connection.execute("TABLE vote_totals").fetchall() == [("Gummi", 2), ("Pita", 2)]
+        assert connection.execute("SELECT count(*) FROM votes_later").fetchone() == (2,)
+        connection.execute("ALTER TABLE votes DETACH PARTITION votes_later")
+        assert connection.execute("TABLE vote_totals").fetchall() == [("Gummi", 2), ("Pita", 2)]
+        connection.execute("SELECT recount_votes()")
+        assert inexact(connection) == []

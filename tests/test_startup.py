@@ -7,15 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
+from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import urlopen
 
 import psycopg
 import pytest
+from checkout import Running, copy_of_project, left_behind, make
 from local.postgres import ROOT
 from local.service import Service, free_port, procfile
 
@@ -24,6 +24,7 @@ VERBS = [
     "install",
     "run",
     "dev",
+    "check",
     "test",
     "initdb",
     "dropdb",
@@ -36,18 +37,6 @@ VERBS = [
 ]
 # Characters that mean something to sh, make, a URL or libpq.
 AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
-
-
-@contextmanager
-def copy_of_project():
-    """Yield a new copy in a folder with a space in its name, with our packages but no settings and no votes."""
-    ignored = [".git", ".venv", ".env", ".postgres", ".*cache", ".hypothesis", "__pycache__"]
-    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
-        os.chmod(parent, 0o755)  # as most folders are, so that the votes are kept in the copy
-        folder = Path(parent, "a copy")
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*ignored))
-        folder.joinpath(".venv").symlink_to(sys.prefix)
-        yield folder
 
 
 @pytest.fixture
@@ -64,90 +53,10 @@ def used_project():
         yield folder
 
 
-def environment(folder, **settings):
-    """Return the variables for a process in that folder: these settings, none of ours."""
-    return {"PATH": os.environ["PATH"], "FOLDER": str(folder), **settings}
-
-
-def make(folder, *arguments, answer="", **settings):
-    """Run make to its end and return the CompletedProcess, output and errors as text."""
-    variables = environment(folder, **settings)
-    command = ["make", *arguments]
-    return subprocess.run(command, cwd=folder, env=variables, input=answer, capture_output=True, text=True, timeout=60)
-
-
-class Running:
-    """A command that serves, from when it says that it is ready; a context manager that ends it with SIGTERM."""
-
-    def __init__(self, folder, command=("make", "run"), ready="Open http", **settings):
-        self.folder = folder
-        self.command = command
-        self.ready = ready
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = {"PORT": str(self.port), **settings}
-        self.log = tempfile.NamedTemporaryFile()
-
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=self.folder,
-            env=environment(self.folder, **self.settings),
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
-        for _ in range(600):
-            if self.ready in self.output:
-                return self
-            assert self.process.poll() is None, self.output
-            time.sleep(0.05)
-        self.__exit__()
-        pytest.fail(f"It is not ready: {self.output}")
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait(timeout=40)
-
-    @property
-    def output(self):
-        """What it has printed so far."""
-        return Path(self.log.name).read_text()
-
-    def page(self, vote=None):
-        """Return the page, as made from the database; with `vote` the one that follows that vote."""
-        form = vote and f"vote={vote}".encode()
-        with urlopen(self.url + ("/add" if vote else "/?voted=Pita"), data=form) as answer:
-            return answer.read().decode()
-
-    def votes(self, vote=None):
-        """Return the number of Pita's votes on the page."""
-        return int(re.search(r'data-votes="Pita"[^>]*>(\d+)', self.page(vote))[1])
-
-
 def listens(port, address="127.0.0.1"):
     """Return whether a connection to that port is accepted."""
     with socket.socket() as client:
         return client.connect_ex((address, port)) == 0
-
-
-def left_behind(folder, seconds=5):
-    """Return command lines of processes that were started in that folder and still run after some seconds."""
-    for _ in range(seconds * 10):
-        remaining = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                command = process.joinpath("cmdline").read_bytes()
-                if bytes(folder) in command + process.joinpath("environ").read_bytes():
-                    remaining.append(command.replace(b"\0", b" ").decode())
-            except OSError:  # ended meanwhile
-                continue
-        if not remaining:
-            break
-        time.sleep(0.1)
-    return remaining
 
 
 def starter_of(folder):
@@ -250,11 +159,27 @@ def test_other_verbs_start_the_database_when_it_does_not_run(used_project):
 # make run with DATABASE_URL
 
 
-def test_a_database_of_ones_own_is_left_as_it_is(project, empty_database):
-    with Running(project, DATABASE_URL=empty_database):
-        pass
-    assert tables(empty_database) == []
+def test_it_applies_the_schema_to_a_new_database(project, empty_database):
+    with Running(project, DATABASE_URL=empty_database) as service:
+        assert service.votes(vote="Pita") == 1
     assert not project.joinpath(".postgres").exists()
+
+
+def test_it_serves_a_database_whose_schema_it_may_not_change_and_says_so(project, database, awkward_role):
+    url = keywords(database, user=awkward_role, password=AWKWARD)
+    with Running(project, DATABASE_URL=url) as service:
+        assert service.votes(vote="Pita") == 1
+    assert "schema.sql is not applied" in service.output
+    assert AWKWARD not in service.output
+
+
+def test_it_serves_while_the_database_is_away(project):
+    away = f"postgresql://user:secret@127.0.0.1:{free_port()}/db"
+    with Running(project, DATABASE_URL=away) as service, pytest.raises(HTTPError) as refused:
+        service.page()
+    assert refused.value.code == 503
+    assert "schema.sql is not applied" in service.output
+    assert "secret" not in service.output
 
 
 def test_dev_shows_a_changed_view_without_a_restart(project, database):
@@ -298,8 +223,10 @@ def keywords(url, **changes):
 
 def test_a_value_in_dotenv_stays_whole(project, empty_database):
     write_dotenv(project, DATABASE_URL=keywords(empty_database, application_name=AWKWARD))
-    project.joinpath("schema.sql").write_text("SELECT current_setting('application_name');")
-    assert AWKWARD in make(project, "initdb").stdout
+    project.joinpath("schema.sql").write_text("CREATE TABLE seen AS SELECT current_setting('application_name')")
+    make(project, "initdb")
+    with psycopg.connect(empty_database) as connection:
+        assert connection.execute("TABLE seen").fetchall() == [(AWKWARD,)]
 
 
 def test_dotenv_gives_make_run_its_database(project, database):
@@ -400,7 +327,7 @@ def test_initdb_shows_no_connection_string(project, empty_database):
 @pytest.fixture
 def heroku(project, server, empty_database):
     """Settings under which a command like Heroku's leads to `empty_database`; the copy has no packages."""
-    project.joinpath(".venv").unlink()
+    shutil.rmtree(project / ".venv")
     command = project / "bin/heroku"
     command.parent.mkdir()
     command.write_text(f"#!/bin/sh\n[ $1 = pg:psql ] && exec {server.bindir}/psql -X '{empty_database}'\n")
@@ -457,20 +384,7 @@ def test_the_release_line_applies_the_schema(empty_database):
     assert tables(empty_database) == ["tally", "votes"]
 
 
-# make install, clean, help
-
-
-def test_install_happens_again_when_requirements_change(project):
-    assert make(project, "--question", "install").returncode == 0
-    project.joinpath("requirements.txt").touch()
-    assert make(project, "--question", "install").returncode == 1
-
-
-def test_install_says_what_it_lacks(project):
-    project.joinpath(".venv").unlink()
-    ended = make(project, "install", "PYTHON=false")
-    assert ended.returncode != 0
-    assert "apt-get install python3-venv" in ended.stderr
+# make clean, help; install is in test_machines.py
 
 
 def test_clean_keeps_the_votes(project):

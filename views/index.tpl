@@ -22,7 +22,8 @@ end
 <p class="intro">{{question}}</p>
 % end
 
-<form class="cats-{{len(candidates)}}" method="post" action="/add">
+<form method="post" action="/add">
+<div class="cats cats-{{len(candidates)}}">
 % for place, (cat, candidate) in enumerate(candidates.items(), start=1):
 %   count = votes[cat]
 %   leads = leaders == [cat]
@@ -36,6 +37,7 @@ end
 <p class="share" data-share="{{cat}}">{{percent(shares[cat])}}</p>
 </div>
 % end
+</div>
 </form>
 
 <svg class="bar" aria-hidden="true">
