@@ -3,15 +3,16 @@
 import re
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from email.message import Message
 from email.parser import Parser
-from typing import NamedTuple
 
 FORM = "Content-Type: application/x-www-form-urlencoded"
 HOST = "catvote.example"
 
 
-class Answer(NamedTuple):
+@dataclass(frozen=True)
+class Answer:
     """An answer of the service; headers[name] ignores case and is None if there is none."""
 
     status: int
@@ -25,8 +26,13 @@ class Answer(NamedTuple):
     @property
     def votes(self):
         """The count that the page shows for each cat."""
-        counts = re.findall(r'data-votes="(\w+)"[^>]*>([\d,]+)<', self.text)
-        return {cat: int(count.replace(",", "")) for cat, count in counts}
+        return votes_on(self.text)
+
+
+def votes_on(page):
+    """Return the count that a page, as text, shows for each cat."""
+    counts = re.findall(r'data-votes="(\w+)"[^>]*>([\d,]+)<', page)
+    return {cat: int(count.replace(",", "")) for cat, count in counts}
 
 
 def write(method, target, *headers, body=b""):

@@ -2,22 +2,26 @@
 
 import re
 import time
+from dataclasses import dataclass
+from email.message import Message
 from http.client import HTTPConnection, HTTPException
 from itertools import cycle
 from random import Random
 from threading import Event, Thread
-from typing import NamedTuple
 from urllib.parse import urlencode
+
+from client import Answer
 
 CATS = ("Gummi", "Pita")
 
 
-class Answer(NamedTuple):
-    """A request and its answer; moments are those of time.monotonic().
+@dataclass(frozen=True)
+class Visit(Answer):
+    """An answer, and what was asked for; moments are those of time.monotonic().
 
+    status -- 0 if no answer came, -1 if there was no connection either
     cat -- whom it votes for; empty if it only looks at a page
     kept -- an earlier request had used its connection
-    status -- 0 if no answer came, -1 if there was no connection either
     """
 
     path: str
@@ -25,9 +29,6 @@ class Answer(NamedTuple):
     kept: bool
     sent_at: float
     ended_at: float
-    status: int
-    headers: dict
-    text: str
 
     @property
     def seconds(self):
@@ -48,8 +49,7 @@ class Answer(NamedTuple):
     @property
     def total(self):
         """The sum of the counts on the page."""
-        counts = re.findall(r'data-votes="\w+"[^>]*>([\d,]+)<', self.text)
-        return sum(int(number.replace(",", "")) for number in counts)
+        return sum(self.votes.values())
 
 
 class Load:
@@ -100,7 +100,7 @@ class Load:
 
     def ask(self, visitor, path, cat=""):
         """Send a request, as a vote if for a cat, log it, and return the answer."""
-        kept, status, headers, text = visitor.sock is not None, -1, {}, ""
+        kept, status, headers, body = visitor.sock is not None, -1, Message(), b""
         sent_at = time.monotonic()
         try:
             if not kept:
@@ -109,11 +109,11 @@ class Load:
             form = {"Content-Type": "application/x-www-form-urlencoded"}
             visitor.request(*(("POST", path, urlencode({"vote": cat}), form) if cat else ("GET", path)))
             response = visitor.getresponse()
-            text = response.read().decode()
+            body = response.read()
             status, headers = response.status, response.headers
         except (OSError, HTTPException):
             visitor.close()
-        answer = Answer(path, cat, kept, sent_at, time.monotonic(), status, headers, text)
+        answer = Visit(status, headers, body, path, cat, kept, sent_at, time.monotonic())
         self.answers.append(answer)
         return answer
 

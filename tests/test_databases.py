@@ -356,6 +356,7 @@ VERDICTS = {
     "08006": "could not be confirmed",  # connection_failure
     "08P01": "could not be confirmed",  # protocol_violation
     "40003": "could not be confirmed",  # statement_completion_unknown
+    "XX000": "could not be confirmed",  # internal_error
     "22000": "was not counted",  # data_exception
     "40001": "was not counted",  # serialization_failure
     "40P01": "was not counted",  # deadlock_detected
@@ -363,7 +364,6 @@ VERDICTS = {
     "55P03": "was not counted",  # lock_not_available
     "57014": "was not counted",  # query_canceled, by somebody else
     "P0001": "was not counted",  # raise_exception
-    "XX000": "was not counted",  # internal_error
 }
 
 

@@ -2,17 +2,18 @@
 
 import importlib
 import io
-import os
+import json
 import re
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from itertools import product
+from http.client import HTTPConnection
+from itertools import pairwise, product
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import median
@@ -23,6 +24,7 @@ from wsgiref.validate import validator
 import psycopg
 import pytest
 from client import FORM, HOST, ask, chunked, get, talk, vote, write
+from faults import frozen, wait_until, workers
 from local.postgres import ROOT
 from local.service import Service
 
@@ -74,6 +76,16 @@ def test_tally_json_is_the_tally(service, connection):
     assert answer.status == 200
     assert answer.text == '{"Gummi": 0, "Pita": 2}'
     assert answer.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize(("method", "status"), [("GET", 503), ("POST", 405)])
+def test_errors_of_tally_json_are_json(service_without_database, method, status):
+    answer = ask(service_without_database, method, "/tally.json")
+    assert answer.status == status
+    assert answer.headers["Content-Type"] == "application/json"
+    assert str(status) in json.loads(answer.text)["error"]
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Content-Security-Policy"]
 
 
 def test_history_is_a_page(shared_service):
@@ -150,7 +162,7 @@ def test_who_has_the_latest_gets_304(service):
     for target in ("/", "/?voted=Pita", "/tally.json", "/history"):
         tag = get(service, target).headers["ETag"]
         assert re.fullmatch('"[0-9a-f]+"', tag)
-        for known in (tag, f"W/{tag}", f'"other", {tag}', f'W/"other",W/{tag}'):
+        for known in (tag, f"W/{tag}", f'"other", {tag}', f'W/"other",W/{tag}', "*"):
             answer = get(service, target, f"If-None-Match: {known}")
             assert answer.status == 304
             assert answer.headers["ETag"] == tag
@@ -199,6 +211,59 @@ def test_who_has_a_static_file_gets_304(shared_service):
     modified = "If-Modified-Since: " + answer.headers["Last-Modified"]
     assert get(shared_service, "/static/pita.svg", modified).status == 304
     assert get(shared_service, "/static/pita.svg", "If-Modified-Since: Thu, 01 Jan 1970 00:00:00 GMT").status == 200
+
+
+# RFC 9110, section 13.1: what a client has is decided by the tag if it shows one, and by the date only if not.
+LONG_AGO, LATER = "Thu, 01 Jan 1970 00:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 GMT"
+CONDITIONS = {
+    "own tag": (["If-None-Match: {tag}"], 304),
+    "own tag, weak": (["If-None-Match: W/{tag}"], 304),
+    "own tag among others": (['If-None-Match: "other", {tag}'], 304),
+    "any": (["If-None-Match: *"], 304),
+    "another tag": (['If-None-Match: "other"'], 200),
+    "own tag, older date": (["If-None-Match: {tag}", f"If-Modified-Since: {LONG_AGO}"], 304),
+    "another tag, later date": (['If-None-Match: "other"', f"If-Modified-Since: {LATER}"], 200),
+    "later date": ([f"If-Modified-Since: {LATER}"], 304),
+    "older date": ([f"If-Modified-Since: {LONG_AGO}"], 200),
+}
+
+
+@pytest.mark.parametrize(("headers", "status"), CONDITIONS.values(), ids=CONDITIONS)
+@pytest.mark.parametrize("version", ["", "?v=0", "present"])
+def test_the_tag_that_a_client_shows_wins_over_the_date(shared_service, version, headers, status):
+    target = "/static/pita.svg" + version
+    if version == "present":
+        (target,) = re.findall('src="(/static/pita.svg.*?)"', get(shared_service, "/").text)
+    first = get(shared_service, target)
+    if version == "present" and not any("If-None-Match" in header for header in headers):
+        status = 200  # its address changes with it, so a browser asks by that alone
+    answer = get(shared_service, target, *[header.format(tag=first.headers["ETag"]) for header in headers])
+    assert answer.status == status
+    assert answer.headers["ETag"] == first.headers["ETag"]
+    assert answer.headers["Cache-Control"] == first.headers["Cache-Control"]
+    assert answer.body == (first.body if status == 200 else b"")
+
+
+@pytest.fixture(scope="module")
+def changed_service(shared_database, tmp_path_factory):
+    """The service of a copy of the project, with folders under static/."""
+    copy = tmp_path_factory.mktemp("copy") / "catvote"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "tests"))
+    (copy / "static/donuts/empty").mkdir(parents=True)
+    (copy / "static/donuts/plain.svg").write_text("<svg/>")
+    with Service(shared_database, GUNICORN_CMD_ARGS=f"--chdir={copy}") as service:
+        yield service
+
+
+def test_static_files_may_lie_in_folders(changed_service):
+    (version,) = set(re.findall(r"\?v=\w+", get(changed_service, "/").text))
+    for query in ("", version):
+        answer = get(changed_service, f"/static/donuts/plain.svg{query}")
+        assert (answer.status, answer.text) == (200, "<svg/>")
+        assert answer.headers["Content-Type"] == "image/svg+xml"
+        assert get(changed_service, "/static/donuts/plain.svg", "If-None-Match: *").status == 304
+    for folder in ("donuts", "donuts/", "donuts/empty"):
+        assert get(changed_service, f"/static/{folder}{version}").status in (403, 404)
 
 
 @pytest.mark.parametrize(
@@ -400,30 +465,16 @@ def test_a_vote_in_the_address_is_400_and_not_stored(shared_service, stored):
 # Fresh enough, and honest
 
 
-def workers(service):
-    """Return the process ids of the service's two workers."""
-    processes = []
-    while len(processes) < 2:
-        output = subprocess.run(["pgrep", "-P", str(service.process.pid)], capture_output=True).stdout
-        processes = [int(process) for process in output.split()]
-    return processes
-
-
 @contextmanager
-def only(worker, workers):
-    """Stop all other workers for a while, so that this one answers."""
-    others = [other for other in workers if other != worker]
-    for other in others:
-        os.kill(other, signal.SIGSTOP)
-    try:
+def only(worker, processes):
+    """Stop the other of two workers for a while, so that this one answers."""
+    (other,) = {*processes} - {worker}
+    with frozen(other.pid):
         yield
-    finally:
-        for other in others:
-            os.kill(other, signal.SIGCONT)
 
 
 def test_a_voter_sees_the_own_vote_from_whichever_worker(service):
-    processes = workers(service)
+    processes = wait_until(lambda: len(workers(service)) == 2 and workers(service))
     for number, (voted_at, seen_at) in enumerate(product(processes, processes), start=1):
         with only(seen_at, processes):
             get(service, "/")
@@ -460,13 +511,24 @@ def test_no_tally_is_older_than_a_second(service, connection, target):
     assert all(get(service, target).body != before for _ in range(30))
 
 
-def test_more_visitors_do_not_read_the_database_more_often(server, database):
+@contextmanager
+def readings(server, database):
+    """Yield a function that returns how many statements have read the tally so far."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(f"ALTER DATABASE {database.rpartition('/')[2]} SET log_statement = 'all'")
     log = Path(server.base_dir, f"{server.name}.log")
+    before = log.read_text().count("vote_totals")
+    yield lambda: log.read_text().count("vote_totals") - before
 
-    with Service(database) as service:
-        before, start = log.read_text().count("vote_totals"), time.monotonic()
+
+def most(seconds):
+    """Return how many readings two workers may take in that time, whoever comes."""
+    return 2 * (seconds / 0.5 + 1)
+
+
+def test_more_visitors_do_not_read_the_database_more_often(server, database):
+    with readings(server, database) as reads, Service(database) as service:
+        start = time.monotonic()
 
         def visit(_):
             pages = 0
@@ -476,10 +538,29 @@ def test_more_visitors_do_not_read_the_database_more_often(server, database):
 
         with ThreadPoolExecutor(16) as pool:
             pages = sum(pool.map(visit, range(16)))
-        reads, seconds = log.read_text().count("vote_totals") - before, time.monotonic() - start
+        assert 0 < reads() <= most(time.monotonic() - start)
+        assert pages > 10 * reads()
 
-    assert 0 < reads <= 2 * (seconds / 0.5 + 1)
-    assert pages > 10 * reads
+
+MADE_UP = {
+    "no cat": ("/?voted=Garfield", []),
+    "a cat in lower case": ("/?voted=pita", []),
+    "no name": ("/?voted", []),
+    "a cat and more": ("/?voted=Pita%20", []),
+    "another parameter": ("/?utm_source={}", []),
+    "another Host": ("/", ["Host: {}.example"]),
+    "another scheme": ("/", ["X-Forwarded-Proto: https", "X-Forwarded-Host: {}.example"]),
+}
+
+
+@pytest.mark.parametrize(("target", "headers"), MADE_UP.values(), ids=MADE_UP)
+def test_nothing_made_up_forces_a_reading_or_changes_the_page(server, database, target, headers):
+    with readings(server, database) as reads, Service(database) as service:
+        start, plain = time.monotonic(), get(service, "/").body
+        for number in range(100):
+            answer = get(service, target.format(number), *[header.format(number) for header in headers])
+            assert answer.body == plain
+        assert 0 < reads() <= most(time.monotonic() - start)
 
 
 @pytest.mark.parametrize(("age", "a_visitor_waits"), [(1.7, False), (2.2, True)])
@@ -517,6 +598,42 @@ def test_whatever_goes_wrong_every_voter_hears_of_it(application, monkeypatch):
         told.get(timeout=5)
 
 
+WHO_AM_I = """
+import threading, time
+
+def app(environ, start_response):
+    if environ["PATH_INFO"] == "/slowly":
+        time.sleep(0.3)
+    start_response("200 OK", [("Content-Length", "20")])
+    return [b"%20d" % threading.get_ident()]
+"""
+
+
+class WhoAmI(Service):
+    """The server with our settings and worker, and an application that tells which thread it runs in."""
+
+    command = "gunicorn who_am_i:app"
+
+
+def test_a_thread_waits_for_its_visitors_next_request(database, tmp_path):
+    (tmp_path / "who_am_i.py").write_text(WHO_AM_I)
+    with WhoAmI(database, WEB_CONCURRENCY="1", GUNICORN_CMD_ARGS=f"--pythonpath={tmp_path}") as service:
+        visitors = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
+        for visitor in visitors:
+            visitor.request("GET", "/slowly")
+        others = {visitor.getresponse().read() for visitor in visitors}
+        assert len(others) > 4  # threads that are free in a moment, and could serve the next request as well
+        time.sleep(0.2)
+
+        served_by = []
+        for _ in range(30):
+            visitors[0].request("GET", "/")
+            served_by.append(visitors[0].getresponse().read())
+            time.sleep(0.02)
+        stayed = sum(before == after for before, after in pairwise(served_by))
+        assert stayed > 20  # a busy machine may be late now and then
+
+
 # Settings
 
 
@@ -527,7 +644,88 @@ def test_both_schemes_of_database_urls_work(database, connection, scheme):
     assert connection.execute("SELECT vote FROM votes").fetchall() == [("Pita",)]
 
 
+PREVIEW = ['property="og:url" content="{}/"', 'property="og:image" content="{}/static/card.png?']
+
+
+@pytest.mark.parametrize("site_url", ["https://cats.example", " https://cats.example/ ", "https://cats.example/\n"])
+def test_previews_in_chats_name_the_address_that_is_set(database, site_url):
+    with Service(database, SITE_URL=site_url) as service:
+        page = get(service, "/", "Host: evil.example", "X-Forwarded-Host: evil.example").text
+    assert all(tag.format("https://cats.example") in page for tag in PREVIEW)
+    assert "evil" not in page
+
+
+def test_without_an_address_there_are_no_previews_and_no_host_is_in_the_page(shared_service):
+    for target in ("/", "/?voted=Pita", "/history", "/nope"):
+        page = get(shared_service, target, "Host: evil.example", "X-Forwarded-Host: evil.example").text
+        assert "og:" not in page
+        assert "twitter:" not in page
+        assert "evil" not in page
+        assert "://" not in page
+
+
 # WSGI, for any other server
+
+
+class Waitress(Service):
+    """The application under another server, with as many threads."""
+
+    command = "waitress-serve --listen=127.0.0.1:$PORT --threads=16 catvote:app"
+
+
+@pytest.fixture(scope="module")
+def waitress(shared_database):
+    """The service under Waitress, for all tests of a module."""
+    with Waitress(shared_database) as service:
+        yield service
+
+
+OTHER_SERVERS = {
+    "page": ("GET", "/", [], b"", 200),
+    "head of the page": ("HEAD", "/", [], b"", 200),
+    "history": ("GET", "/history", [], b"", 200),
+    "tally": ("GET", "/tally.json", [], b"", 200),
+    "health": ("GET", "/healthz", [], b"", 200),
+    "static file": ("GET", "/static/pita.svg", [], b"", 200),
+    "part of a static file": ("GET", "/static/pita.svg", ["Range: bytes=0-3"], b"", 206),
+    "what one has": ("GET", "/", ["If-None-Match: *"], b"", 304),
+    "vote": ("POST", "/add", [FORM], b"vote=Pita", 303),
+    "chunked vote": ("POST", "/add", [FORM, "Transfer-Encoding: chunked"], chunked(b"vote=Pita"), 303),
+    "bad vote": ("POST", "/add", [FORM], b"vote=Garfield", 400),
+    "no body": ("POST", "/add", [FORM], b"", 400),
+    "foreign vote": ("POST", "/add", [FORM, "Sec-Fetch-Site: cross-site"], b"vote=Pita", 403),
+    "unknown address": ("GET", "/%FF", [], b"", 404),
+    "long vote": ("POST", "/add", [FORM], b"vote=" + b"a" * 9999, 413),
+}
+
+
+@pytest.mark.parametrize(("method", "target", "headers", "body", "status"), OTHER_SERVERS.values(), ids=OTHER_SERVERS)
+def test_another_server_serves_the_same(waitress, stored, method, target, headers, body, status):
+    for _ in range(2):  # what it has found out before, it may answer by a shorter way
+        answer = ask(waitress, method, target, "Connection: close", *headers, body=body)
+        assert answer.status == status
+        assert answer.headers["Content-Security-Policy"]
+    assert stored() == ["Pita"] * 2 * (status == 303)
+
+
+def test_another_server_stores_no_vote_that_is_broken_off(waitress, stored):
+    for header in ("Content-Length: 10", "Transfer-Encoding: chunked"):
+        talk(waitress, write("POST", "/add", FORM, header, body=b"9\r\nvote=Pita"[-9 if "Length" in header else 0 :]))
+    assert get(waitress, "/", "Connection: close").status == 200
+    assert stored() == []
+    assert "Traceback" not in waitress.log
+
+
+def test_importing_the_application_connects_to_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(1)
+        url = f"postgresql://127.0.0.1:{listener.getsockname()[1]}/catvote"
+        for variables in ({}, {"DATABASE_URL": url}):
+            command = [sys.executable, "-c", "import threading, catvote; print(threading.active_count())"]
+            output = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+            assert (output.stdout, output.stderr) == ("1\n", "")
+        with pytest.raises(TimeoutError):
+            listener.accept()
 
 
 @pytest.fixture

@@ -96,6 +96,15 @@ def test_without_a_host_no_origin_is_our_own(shared_service, headers, status):
     assert [answer.status for answer in talk(shared_service, request)] == [status]
 
 
+def test_the_log_names_host_when_a_proxy_does_not_hand_it_on(service):
+    assert vote(service, "Host: 127.0.0.1:8000", OWN).status == 403
+    (line,) = [line for line in service.log.splitlines() if "refused a vote" in line]
+    assert f"Origin 'http://{HOST}', Host '127.0.0.1:8000'" in line
+    assert "a proxy in front has to hand on the visitor's Host" in line
+    vote(service, "Host: a", "Origin: http://b\xff'")
+    assert len([line for line in service.log.splitlines() if "refused a vote" in line]) == 2
+
+
 @pytest.mark.parametrize("target", ["/", "/?voted=Pita", "/tally.json", "/static/pita.svg"])
 def test_other_sites_may_link_to_us(shared_service, target):
     assert get(shared_service, target, "Sec-Fetch-Site: cross-site", FOREIGN).status == 200
@@ -457,7 +466,7 @@ def test_a_flood_is_refused_and_not_kept(shared_service, stored, head, piece):
     assert stored() == []
 
 
-def test_who_does_not_hang_up_holds_nobody_up(shared_service):
+def test_visitors_who_do_not_hang_up_hold_up_nobody(shared_service):
     refused = [
         write("GET", "/", "Connection: close"),
         b"nonsense\r\n\r\n",
