@@ -546,7 +546,7 @@ def eventually(condition, seconds=20):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
-def test_make_dev_outlives_a_mistake_and_shows_it(mistake, project, database):
+def test_dev_shows_an_error_and_goes_on_when_it_is_mended(mistake, project, database):
     module = project / "catvote.py"
     sound = module.read_bytes()
     with Running(project, ["make", "dev"], DATABASE_URL=database, WEB_CONCURRENCY="1") as service:
