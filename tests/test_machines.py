@@ -404,7 +404,7 @@ def as_user():
     """A function that returns a command prefix: run as a user with that number, who may do as much as ours."""
 
     def prefix(number):
-        command = ["unshare", "--user", f"--map-user={number}"]
+        command = ["unshare", "--user", f"--map-user={number}", f"--map-group={number}"]
         if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
             pytest.skip("user namespaces are not allowed here")
         return command

@@ -140,6 +140,7 @@ class LocalPostgres(Postgresql):
             password.write_text(secrets.token_urlsafe())
         self.password = password.read_text()
         if os.geteuid() == 0:
+            Path(self.base_dir, f"{self.name}.log").touch()  # so that it, too, is the user's when root has left
             account = server_account()
             subprocess.run(["chown", "-hR", f"{account['user']}:{account['group']}", self.base_dir], check=True)
         if (data / "PG_VERSION").exists():
