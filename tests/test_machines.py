@@ -524,7 +524,7 @@ MISTAKES = {
     "missing module": "import no_such_module\n",
     "any exception": "raise ValueError('broken')\n",
     "exit": "raise SystemExit('broken')\n",
-    "not UTF-8": b"# caf\xe9\n",
+    "not UTF-8": b"CAFE = 'caf\xe9'\n",
     "no application": "del app\n",
 }
 

@@ -394,6 +394,14 @@ def test_clean_keeps_the_votes(project):
     assert not project.joinpath(".venv").exists()
 
 
+def test_clean_removes_caches_however_deep(project):
+    caches = [project / "__pycache__", project / "tests/scale/deeper/__pycache__"]
+    for cache in caches:
+        cache.mkdir(parents=True)
+    assert make(project, "clean").returncode == 0
+    assert not any(cache.exists() for cache in caches)
+
+
 @pytest.mark.parametrize("arguments", [[], ["help"]])
 def test_help_lists_every_verb(arguments, project):
     lines = make(project, *arguments).stdout.splitlines()
