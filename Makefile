@@ -91,4 +91,5 @@ card: test-packages ## Draw static/card.png, for links in chats, from the two ca
 	@exec .venv/bin/python tests/card.py
 
 clean: ## Remove the packages and all caches; the votes, in .postgres/, stay
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis __pycache__ tests/__pycache__ tests/*/__pycache__
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -404,7 +404,7 @@ def as_user():
     """A function that returns a command prefix: run as a user with that number, who may do as much as ours."""
 
     def prefix(number):
-        command = ["unshare", "--user", f"--map-user={number}"]
+        command = ["unshare", "--user", f"--map-user={number}", f"--map-group={number}"]
         if subprocess.run([*command, "true"], capture_output=True).returncode != 0:
             pytest.skip("user namespaces are not allowed here")
         return command
@@ -524,7 +524,7 @@ MISTAKES = {
     "missing module": "import no_such_module\n",
     "any exception": "raise ValueError('broken')\n",
     "exit": "raise SystemExit('broken')\n",
-    "not UTF-8": b"# caf\xe9\n",
+    "not UTF-8": b"CAFE = 'caf\xe9'\n",
     "no application": "del app\n",
 }
 
@@ -546,7 +546,7 @@ def eventually(condition, seconds=20):
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
-def test_make_dev_outlives_a_mistake_and_shows_it(mistake, project, database):
+def test_dev_shows_an_error_and_goes_on_when_it_is_mended(mistake, project, database):
     module = project / "catvote.py"
     sound = module.read_bytes()
     with Running(project, ["make", "dev"], DATABASE_URL=database, WEB_CONCURRENCY="1") as service:

@@ -32,7 +32,7 @@ from testing.postgresql import Postgresql
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def server_account() -> dict:
+def server_account() -> dict[str, int | list]:
     """Return Popen's arguments for a user that Postgres accepts: none for ours, unless we are root.
 
     root takes the checkout's owner, who can then go on without root, else `postgres`, else `nobody`.
@@ -64,7 +64,7 @@ def end_with_us(number: int) -> Callable | None:
     return (lambda: libc.prctl(1, number)) if hasattr(libc, "prctl") else None  # 1: PR_SET_PDEATHSIG
 
 
-def spawn(command: list, **options) -> subprocess.Popen:
+def spawn(command: list[str | Path], **options) -> subprocess.Popen:
     """Start a command as the server's user, in a session of its own, where Ctrl-C does not reach it."""
     # Only children change user: all of Python may live where no other user can enter.
     options.update(server_account(), cwd="/", start_new_session=True, preexec_fn=end_with_us(signal.SIGINT))
@@ -101,7 +101,7 @@ class LocalPostgres(Postgresql):
     """
 
     DEFAULT_BOOT_TIMEOUT = DEFAULT_KILL_TIMEOUT = 60.0
-    child_process = None
+    child_process: subprocess.Popen | None = None
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class LocalPostgres(Postgresql):
             self.stop()
             raise
 
-    def initialize(self):
+    def initialize(self) -> None:
         version = Path(self.get_data_directory(), "PG_VERSION")
         major = int(version.read_text()) if version.exists() else None
         fitting = [folder for found, folder in server_programs() if major in (None, found)]
@@ -134,12 +134,13 @@ class LocalPostgres(Postgresql):
         if not reachable(self.bindir / "postgres"):
             self.bindir = copy_programs(self.bindir, Path(self.base_dir, "programs"))
 
-    def initialize_database(self):
+    def initialize_database(self) -> None:
         password, data = Path(self.base_dir, "password"), Path(self.get_data_directory())
         if not password.exists():
             password.write_text(secrets.token_urlsafe())
         self.password = password.read_text()
         if os.geteuid() == 0:
+            Path(self.base_dir, f"{self.name}.log").touch()  # so that it, too, is the user's when root has left
             account = server_account()
             subprocess.run(["chown", "-hR", f"{account['user']}:{account['group']}", self.base_dir], check=True)
         if (data / "PG_VERSION").exists():
@@ -165,7 +166,7 @@ class LocalPostgres(Postgresql):
             self.child_process = spawn(self.get_server_commandline(), stdout=log, stderr=log)
         self.wait_booting()
 
-    def get_server_commandline(self):
+    def get_server_commandline(self) -> list[str | Path]:
         settings = {
             "port": self.settings["port"],
             "listen_addresses": "127.0.0.1",
@@ -182,7 +183,7 @@ class LocalPostgres(Postgresql):
         """Folder of the server's unix socket, if its data is temporary."""
         return os.path.join(self.base_dir, "tmp")
 
-    def dsn(self, **parameters) -> dict:
+    def dsn(self, **parameters: str) -> dict[str, str | int]:
         return super().dsn(**{"database": "postgres", "password": self.password, **parameters})
 
     def url(self, database: str = "postgres") -> str:

@@ -38,7 +38,9 @@ class Service:
     what it wrote, if it ends instead of listening.
     """
 
-    command, folder = procfile("web"), ROOT
+    command: str = procfile("web")
+    folder: Path = ROOT
+    process: subprocess.Popen
 
     def __init__(self, database_url: str, to_terminal: bool = False, **environment: str):
         self.port = int(environment.get("PORT") or free_port())
@@ -52,7 +54,7 @@ class Service:
         }
         self.output = None if to_terminal else tempfile.NamedTemporaryFile()
 
-    def __enter__(self):
+    def __enter__(self) -> "Service":
         self.process = subprocess.Popen(
             ["sh", "-c", "exec " + self.command],
             cwd=self.folder,
@@ -86,7 +88,7 @@ class Service:
         """What it has written so far."""
         return Path(self.output.name).read_text() if self.output else ""
 
-    def __exit__(self, *_):
+    def __exit__(self, *_) -> None:
         self.stop()
 
     def stop(self) -> int:
