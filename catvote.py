@@ -47,7 +47,8 @@ class Candidate(NamedTuple):
     description: str
 
 
-# The keys are what the database stores: the constraint votes_vote_is_a_cat in schema.sql has the same list.
+# The keys are what the database stores. In schema.sql, the constraint votes_vote_is_a_cat and the view vote_totals have
+# the same list.
 CANDIDATES = {
     "Gummi": Candidate(
         "Fruit Gummi", "gummi.svg", "A black and white cat in a donut with pink icing, a gummi bear on top."
@@ -134,7 +135,7 @@ def initdb(url: str | None = None) -> None:
     Raises ValueError as `database_url`, and psycopg.Error.
     """
     with psycopg.connect(url or database_url(), autocommit=True, client_encoding="UTF8") as connection:
-        connection.execute((FOLDER / "schema.sql").read_text())
+        connection.execute((FOLDER / "schema.sql").read_text("utf-8"))
 
 
 class Trouble(Enum):
@@ -660,12 +661,12 @@ def add():
     refuse_cross_site()
     vote = read_vote()
     if vote not in CANDIDATES:
-        raise HTTPError(400, "There is no such cat, so no vote was counted.")
+        raise HTTPError(400, "There is no such candidate, so no vote was counted.")
     try:
         vote_store.store(vote)
     except Unavailable as error:
         if error.trouble is Trouble.REFUSED:
-            raise HTTPError(400, "The database knows no such cat, so no vote was counted.") from error
+            raise HTTPError(400, "The database knows no such candidate, so no vote was counted.") from error
         raise
     return HTTPResponse(status=303, headers={"Location": f"/?voted={quote(vote)}", "Cache-Control": "no-store"})
 
