@@ -39,7 +39,7 @@ CREATE TABLE IF NOT EXISTS public.tally (
 
 COMMENT ON TABLE public.tally IS 'Counters kept by triggers on votes; to be read through vote_totals and votes_by_hour.';
 COMMENT ON COLUMN public.tally.vote IS 'The cat.';
-COMMENT ON COLUMN public.tally.slot IS 'Server process modulo 32, so that statements seldom wait for each other; -1 for recount_votes().';
+COMMENT ON COLUMN public.tally.slot IS 'Server process modulo 32, so that statements seldom wait; -1 of recount_votes().';
 COMMENT ON COLUMN public.tally.votes IS 'Part of a sum; may be negative where another slot''s votes were deleted.';
 
 -- Replacing a view waits for its readers, who may be slow: done before votes are locked.
@@ -183,14 +183,14 @@ COMMENT ON COLUMN public.vote_totals.votes IS 'Number of rows in votes for this 
 
 COMMIT;
 
--- Votes may be older than the counters, or than their hours. Now that each change is counted, those
--- are, too: in a transaction of its own, for ten million take seconds, and votes go on meanwhile.
+-- Votes may be older than the counters, or than their hours. From here on each change is counted, so
+-- these are, too. It takes seconds for ten million votes: a transaction of its own locks none of them out.
 BEGIN ISOLATION LEVEL READ COMMITTED;
 
 SET LOCAL client_min_messages = warning;
 SET LOCAL search_path = pg_catalog, pg_temp;
 SELECT pg_advisory_xact_lock(hashtext('catvote schema'));
--- Nobody but readers of the chart waits here: longer than a reading of many votes by an earlier version takes.
+-- Only readers of the chart wait here. An earlier version reads it for 3 seconds at most.
 SET LOCAL lock_timeout = '5s';
 
 -- The view comes last, and so tells that this was done: until then an earlier one counts rows.
