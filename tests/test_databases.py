@@ -223,6 +223,16 @@ def test_a_vote_of_another_age_counts_and_leaves_the_history_alone(service, conn
     assert get(service, "/?voted=Pita").votes == {"Gummi": 1, "Pita": 2}
 
 
+def test_the_history_begins_with_an_hour_and_a_day_that_are_whole(service, connection):
+    this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
+    first_hour, first_day = this_hour - timedelta(hours=47), this_hour.replace(hour=0) - timedelta(days=29)
+    moments = [first for begin in (first_hour, first_day) for first in (begin, begin - timedelta(seconds=1))]
+    for moment in moments:
+        connection.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita')", [moment])
+    shown = Counter([f"{first_hour:{HOUR}}", *(f"{moment:{DAY}}" for moment in moments if moment >= first_day)])
+    assert history(service)["Pita"] == shown
+
+
 @pytest.mark.parametrize("ahead", ["1 hour", "1 day", "29 days", "1 year"])
 def test_a_vote_of_the_future_counts_and_is_in_no_period_yet(service, connection, ahead):
     connection.execute("INSERT INTO votes (date_created, vote) VALUES (now() + %s::interval, 'Pita')", [ahead])
@@ -233,12 +243,21 @@ def test_a_vote_of_the_future_counts_and_is_in_no_period_yet(service, connection
 def test_a_cat_that_only_the_database_knows_takes_no_page_away(service, connection):
     connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat")
     connection.execute("INSERT INTO votes (vote) VALUES ('Garfield'), ('Pita'), ('')")
-    assert get(service, "/").votes == {"Gummi": 0, "Pita": 1}
+    page = get(service, "/")
+    assert page.votes == {"Gummi": 0, "Pita": 1}
+    assert re.findall('data-share="(.*?)">(.*?)<', page.text) == [("Gummi", "0%"), ("Pita", "100%")]
     assert history(service)["Gummi"] == {}
     assert get(service, "/tally.json").status == get(service, "/healthz").status == 200
     assert vote(service, body=b"vote=Garfield").status == 400
     assert vote(service).status == 303
     assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 2}
+
+
+def test_a_cat_that_the_totals_lack_has_no_votes(service, connection):
+    connection.execute("DROP VIEW vote_totals; CREATE VIEW vote_totals AS SELECT 'Gummi' AS vote, 7 AS votes")
+    for target in ("/", "/?voted=Gummi"):
+        assert get(service, target).votes == {"Gummi": 7, "Pita": 0}
+    assert get(service, "/tally.json").status == 200
 
 
 def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(service, connection):
@@ -284,7 +303,8 @@ def test_without_a_schema_everybody_is_told_the_truth(empty_database):
         initdb(empty_database)
         time.sleep(1)
         assert vote(service).status == 303
-        assert get(service, "/").votes == {"Gummi": 0, "Pita": 1}
+        assert get(service, "/healthz").status == 200
+        assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 1}
         assert sum(history(service)["Pita"].values()) == 2
         assert get(service, "/healthz").status == 200
 
