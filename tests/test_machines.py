@@ -436,7 +436,9 @@ def test_a_folder_that_another_user_made_is_named(project, as_user):
     make(project, "report")
     ended = run([*as_user(server_account()["user"]), "make", "report"], project)
     assert ended.returncode != 0
-    assert str(project / ".postgres") in only_line(ended.stderr)
+    line = only_line(ended.stderr)
+    assert str(project / ".postgres") in line
+    assert "chown" in line
 
 
 # .env

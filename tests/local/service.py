@@ -54,7 +54,7 @@ class Service:
         }
         self.output = None if to_terminal else tempfile.NamedTemporaryFile()
 
-    def __enter__(self) -> "Service":
+    def __enter__(self):
         self.process = subprocess.Popen(
             ["sh", "-c", "exec " + self.command],
             cwd=self.folder,
