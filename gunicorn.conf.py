@@ -15,6 +15,16 @@ from select import POLLIN, poll
 from gunicorn.util import close_graceful
 from gunicorn.workers.gthread import ThreadWorker
 
+import catvote
+
+# A wrong DATABASE_URL ends the start with one line: a worker that finds out would be started again and again.
+try:
+    catvote.database_url()
+except ValueError as error:
+    sys.exit(f"catvote: {error}")
+# Workers import the module anew, also those of a later reload.
+del sys.modules["catvote"]
+
 workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
 
 # Threads cost little and a slow visitor holds one; database connections, which cost, are
@@ -89,18 +99,6 @@ def page_with(text):
         return [text.encode()]
 
     return application
-
-
-def on_starting(server):
-    """End with one line if DATABASE_URL cannot be used: a worker that fails would be started again and again."""
-    import catvote
-
-    try:
-        catvote.database_url()
-    except ValueError as error:
-        sys.exit(f"catvote: {error}")
-    # Workers, also those of a later reload, import the module anew.
-    del sys.modules["catvote"]
 
 
 def post_fork(server, worker):
