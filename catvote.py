@@ -141,8 +141,8 @@ def initdb(url: str | None = None) -> None:
 class Trouble(Enum):
     """What became of a statement that failed."""
 
-    AWAY = "The database did not answer in time, and has not done it."
-    UNCERTAIN = "The database, or the way to it, failed when it had been sent: it may have been done all the same."
+    AWAY = "It was never sent, or cancelled: it is certainly not done."
+    UNCERTAIN = "It was sent, and no clear answer came: it may have been done."
     REFUSED = "It breaks a check constraint of the schema."
     NOT_READY = "The database answers, but cannot do what it was asked for."
 

@@ -36,9 +36,10 @@ def copy_of_project(mode: int = 0o755) -> Iterator[Path]:
 def lend_packages(folder: Path) -> None:
     """Give a copy an environment that takes everything from ours, and says that it is complete."""
     environment = folder / ".venv"
-    environment.mkdir()
-    for name in "bin", "lib", "pyvenv.cfg":
-        environment.joinpath(name).symlink_to(Path(sys.prefix, name))
+    if not environment.exists():
+        environment.mkdir()
+        for name in "bin", "lib", "pyvenv.cfg":
+            environment.joinpath(name).symlink_to(Path(sys.prefix, name))
     environment.joinpath("made-for").write_text(identity(folder))
     for file in "tests/local/requirements.txt", "tests/requirements.txt":
         stamp_of(folder, file).write_text(requirements(folder))

@@ -202,11 +202,11 @@ def test_dev_shows_a_changed_view_without_a_restart(project, database):
 def awkward_role(database):
     """Name of a role that may vote and whose password is AWKWARD."""
     with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("CREATE ROLE voter LOGIN")
-        connection.execute(psycopg.sql.SQL("ALTER ROLE voter PASSWORD {}").format(AWKWARD))
-        connection.execute("GRANT SELECT ON vote_totals TO voter; GRANT INSERT ON votes TO voter")
-        yield "voter"
-        connection.execute("DROP OWNED BY voter; DROP ROLE voter")
+        connection.execute("CREATE ROLE awkward LOGIN")
+        connection.execute(psycopg.sql.SQL("ALTER ROLE awkward PASSWORD {}").format(AWKWARD))
+        connection.execute("GRANT SELECT ON vote_totals TO awkward; GRANT INSERT ON votes TO awkward")
+        yield "awkward"
+        connection.execute("DROP OWNED BY awkward; DROP ROLE awkward")
 
 
 def write_dotenv(folder, **settings):

@@ -241,6 +241,7 @@ class Target(NamedTuple):
             if option.envvar and option.val and option.val != option.compiled
         }
         attempt.finish()
+        settings.pop("PGSERVICE", None)  # what the service file says is in the others, unless the URL says otherwise
         others = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
         path = f"{os.environ['PATH']}:{self.bindir}"
         return {**others, **settings, "PGCLIENTENCODING": "UTF8", "DATABASE_URL": self.url, "PATH": path}
