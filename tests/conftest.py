@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
+from checkout import copy_of_project
 from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema
 from local.programs import programs_of
@@ -151,6 +152,20 @@ def service_without_database():
     """The service, whose database cannot be reached."""
     with Service(f"postgresql://127.0.0.1:{free_port()}/catvote") as service:
         yield service
+
+
+@pytest.fixture
+def project():
+    """A copy of the project, for one test."""
+    with copy_of_project() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def used_project():
+    """A copy of the project whose local database is there already after the first test."""
+    with copy_of_project() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -29,20 +29,6 @@ def only_line(text):
     return line
 
 
-@pytest.fixture
-def project():
-    """A copy of the project, for one test."""
-    with copy_of_project() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def used_project():
-    """A copy of the project whose local database is there already after the first test."""
-    with copy_of_project() as folder:
-        yield folder
-
-
 # Variables that are meant for other programs
 
 LIBPQ = [

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import psycopg
 import pytest
-from checkout import Running, copy_of_project, left_behind, make
+from checkout import Running, left_behind, make
 from local.postgres import ROOT
 from local.service import Service, free_port, procfile
 
@@ -37,20 +37,6 @@ VERBS = [
 ]
 # Characters that mean something to sh, make, a URL or libpq.
 AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
-
-
-@pytest.fixture
-def project():
-    """A copy of the project, for one test."""
-    with copy_of_project() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def used_project():
-    """A copy of the project whose local database is there already after the first test."""
-    with copy_of_project() as folder:
-        yield folder
 
 
 def listens(port, address="127.0.0.1"):
