@@ -68,13 +68,13 @@ class Worker(ThreadWorker):
         return keep
 
     def load_wsgi(self):
-        """With `make dev`, show an exception at import, whatever it is, until it is mended.
+        """With `make dev`, show an exception at import, whatever it is (sys.exit, too), until it is mended.
 
         gunicorn does so with a SyntaxError only. Guarded by test_dev_shows_an_error_and_goes_on_when_it_is_mended.
         """
         try:
             super().load_wsgi()
-        except Exception:
+        except (Exception, SystemExit):
             if not self.cfg.reload:
                 raise
             self.log.exception("catvote.py cannot be imported")
