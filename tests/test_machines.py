@@ -84,15 +84,22 @@ def named(row):
     return " ".join(f"{name}={value}" for name, value in row.items())
 
 
+@pytest.fixture(scope="module")
+def running_project():
+    """A copy of the project in which `make run` serves, so that other verbs have no server to start."""
+    with copy_of_project() as folder, Running(folder):
+        yield folder
+
+
 @pytest.mark.parametrize("variables", [*LIBPQ, *PYTHON, *SHELL], ids=named)
-def test_variables_for_other_programs_do_not_reach_ours(variables, used_project):
-    report = make(used_project, "report", **variables)
+def test_variables_for_other_programs_do_not_reach_ours(variables, running_project):
+    report = make(running_project, "report", **variables)
     assert report.returncode == 0, report.stderr
     assert "Pita" in report.stdout
 
 
 def test_none_of_them_reaches_the_service(used_project):
-    together = dict(itertools.chain.from_iterable(row.items() for row in [*LIBPQ, *PYTHON]))
+    together = dict(itertools.chain.from_iterable(row.items() for row in [*LIBPQ, *PYTHON, *SHELL]))
     with Running(used_project, **together) as service:
         assert service.votes(vote="Pita") > 0
 
