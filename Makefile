@@ -92,4 +92,4 @@ card: test-packages ## Draw static/card.png, for links in chats, from the two ca
 
 clean: ## Remove the packages and all caches; the votes, in .postgres/, stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .postgres -prune -o -name __pycache__ -prune -exec rm -rf {} +

@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
 from checkout import Running, copy_of_project, environment, lend_packages, make
-from local.postgres import server_account, spawn
+from local.postgres import Target, server_account, spawn
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
 
@@ -83,15 +84,22 @@ def named(row):
     return " ".join(f"{name}={value}" for name, value in row.items())
 
 
+@pytest.fixture(scope="module")
+def running_project():
+    """A copy of the project in which `make run` serves, so that other verbs have no server to start."""
+    with copy_of_project() as folder, Running(folder):
+        yield folder
+
+
 @pytest.mark.parametrize("variables", [*LIBPQ, *PYTHON, *SHELL], ids=named)
-def test_variables_for_other_programs_do_not_reach_ours(variables, used_project):
-    report = make(used_project, "report", **variables)
+def test_variables_for_other_programs_do_not_reach_ours(variables, running_project):
+    report = make(running_project, "report", **variables)
     assert report.returncode == 0, report.stderr
     assert "Pita" in report.stdout
 
 
 def test_none_of_them_reaches_the_service(used_project):
-    together = dict(itertools.chain.from_iterable(row.items() for row in [*LIBPQ, *PYTHON]))
+    together = dict(itertools.chain.from_iterable(row.items() for row in [*LIBPQ, *PYTHON, *SHELL]))
     with Running(used_project, **together) as service:
         assert service.votes(vote="Pita") > 0
 
@@ -109,6 +117,11 @@ def test_the_url_wins_over_a_service_of_the_shell_also_for_psql(project, databas
     file.write_text("[elsewhere]\nhost=127.0.0.1\nport=1\ndbname=elsewhere\n")
     report = make(project, "report", DATABASE_URL=database, PGSERVICE="elsewhere", PGSERVICEFILE=str(file))
     assert "Pita" in report.stdout, report.stderr
+
+
+def test_the_url_wins_over_the_shell_also_where_it_says_what_holds_by_default(monkeypatch):
+    monkeypatch.setenv("PGPORT", "1")
+    assert Target("postgresql://user@127.0.0.1:5432/db", Path("/usr/bin"), None).environment()["PGPORT"] == "5432"
 
 
 # The environment in .venv/

@@ -79,7 +79,7 @@ def stamp_of(root: Path, file: str) -> Path:
 def requirements(root: Path) -> str:
     """Return the text of all requirements files, since one includes another."""
     files = [*root.glob("requirements*.txt"), *root.glob("tests/**/requirements*.txt")]
-    return "\n".join(file.read_text() for file in sorted(files))
+    return "\n".join(file.read_text("utf-8") for file in sorted(files))
 
 
 def text_of(file: Path) -> str | None:

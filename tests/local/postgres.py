@@ -29,6 +29,8 @@ from dotenv import load_dotenv
 from local.programs import server_programs
 from testing.postgresql import Postgresql
 
+import catvote
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -201,9 +203,8 @@ def local_url(password: str, port: int | str, database: str) -> str:
 
 
 def apply_schema(url: str) -> None:
-    """Apply schema.sql to the database with that URL. Raises psycopg.Error."""
-    with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute((ROOT / "schema.sql").read_text())
+    """Apply schema.sql to the database with that URL, by the service's own code. Raises psycopg.Error."""
+    catvote.initdb(url)
 
 
 def forget_libpq_variables() -> None:
@@ -235,10 +236,9 @@ class Target(NamedTuple):
         variables and a service file, so that psql cannot come to another database.
         """
         attempt = psycopg.pq.PGconn.connect_start(self.url.encode())
+        # All of them, also those that are as they would be by default: the shell may have another PGPORT.
         settings = {
-            option.envvar.decode(): option.val.decode()
-            for option in attempt.info
-            if option.envvar and option.val and option.val != option.compiled
+            option.envvar.decode(): option.val.decode() for option in attempt.info if option.envvar and option.val
         }
         attempt.finish()
         settings.pop("PGSERVICE", None)  # what the service file says is in the others, unless the URL says otherwise
@@ -255,8 +255,6 @@ def target(exclusive: bool = False) -> Iterator[Target]:
     had, or if `exclusive` and it would have to be shared.
     """
     if os.environ.get("DATABASE_URL", "").strip():
-        import catvote  # only now: the local database does not need it, and `make dev` may find an error in it
-
         try:
             url = catvote.database_url()
         except ValueError as error:
