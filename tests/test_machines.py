@@ -552,9 +552,12 @@ def test_dev_shows_an_error_and_goes_on_when_it_is_mended(mistake, project, data
     sound = module.read_bytes()
     with Running(project, ["make", "dev"], DATABASE_URL=database, WEB_CONCURRENCY="1") as service:
         assert answer_of(service)[0] == 200
+        # gunicorn's reloader looks once a second, and takes what it sees first for the state of before.
+        time.sleep(2)
         module.write_bytes(sound + (mistake if isinstance(mistake, bytes) else mistake.encode()))
         assert eventually(lambda: answer_of(service)[0] == 500), service.output
         assert "catvote.py" in answer_of(service)[1] + service.output
+        time.sleep(2)
         module.write_bytes(sound)
         assert eventually(lambda: answer_of(service)[0] == 200), service.output
         assert service.process.poll() is None
