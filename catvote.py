@@ -1,7 +1,7 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
-A server such as gunicorn calls `app`, at the end of this file, for each request. If the answer is made already, it is
-given out; else Bottle finds the request's handler, which asks the database and fills a view.
+A server such as gunicorn calls `app`, at the end of this file, for each request. A finished answer is returned as it
+is; without one, Bottle finds the request's handler, which asks the database and fills a view.
 """
 
 import atexit
@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
 from datetime import datetime, timezone
 from enum import Enum
@@ -23,7 +22,7 @@ from io import BytesIO
 from math import inf
 from pathlib import Path
 from select import POLLIN, poll
-from threading import Lock
+from threading import Condition, Lock
 from time import monotonic, sleep, time
 from typing import NamedTuple
 from urllib.parse import quote
@@ -36,7 +35,7 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool
 
-# Configuration: what is voted on, what comes from the environment, and the numbers that are a choice of ours.
+# Configuration: what is voted on, what comes from the environment, and the numbers we chose.
 
 
 class Candidate(NamedTuple):
@@ -62,21 +61,21 @@ SUMMARY = "Two cats dressed as donuts, Pita and Fruit Gummi, want your vote."  #
 SITE_URL = os.environ.get("SITE_URL", "").strip().rstrip("/")  # for links in chats, which have to be absolute
 DEVELOPMENT = bool(os.environ.get("DEVELOPMENT"))
 
-# All times are in seconds. A vote takes 5 at most: to get a connection, for the statement, to ask the server to cancel
-# it, and for the server's answer to that.
+# All times are in seconds. A vote takes about 5 at most: 1 to get a connection, 2 for the statement, 1 to ask the
+# server to cancel it, and 1 for the server's answer to that.
 CONNECTION_PATIENCE = 1  # for one of the pool's connections
 VOTE_PATIENCE = 2  # for the statement that stores votes
 TALLY_PATIENCE = 1  # for the statement that reads the tally
 HISTORY_PATIENCE = 2
 CANCEL_PATIENCE = 1  # to ask the server to cancel a statement, and as long again for its answer
 
-# A tally on a page is at most a second old, or the page says so. Fresh for 0.8 leaves time to make and send the page.
+# A page has a tally from the last second, or says that it is outdated. Fresh for 0.8 leaves time to make and send it.
 TALLY_REFRESHED_AFTER, TALLY_FRESH = 0.5, 0.8
 HISTORY_REFRESHED_AFTER, HISTORY_FRESH = 20, 50
-PAGE_WAIT = 0.5  # after a reading was asked for, visitors get an older one rather than wait on
+PAGE_WAIT = 0.5  # how long after a reading was asked for visitors wait before they get the older one
 VOTER_WAIT = 1.5  # how long a visitor who has just voted waits for a reading that has the vote
-FIRST_WAIT = 5  # how long a visitor waits while there is no reading at all: as long as one may take
-RETRY_PAUSE = 0.2  # after a reading that failed: else an error that comes at once is logged at each visit
+FIRST_WAIT = 5  # how long a visitor waits while there is no reading at all: about as long as one may take
+RETRY_PAUSE = 0.2  # after a reading that failed; without it, an immediate error would be logged at each visit
 RETRY_AFTER = 5  # for visitors whom we ask to come again
 
 # Connections to the database cost more than threads. Two workers have at most 8 of them: small hosted plans allow 20.
@@ -85,7 +84,7 @@ CONNECTIONS_FOR_PAGES = 2  # one for each Reader
 UNUSED_TOO_LONG = 10  # networks forget silent connections without a word, some after a minute
 KEEPALIVE_PAUSE = 20
 
-VOTES_A_STATEMENT = 8  # so a statement that hangs holds no more threads
+VOTES_A_STATEMENT = 8  # at most; as many threads wait for a statement that hangs
 TURN_PATIENCE = 0.1  # how long a statement waits for the one before; then both run
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
 
@@ -118,7 +117,8 @@ def database_url() -> str:
         parts = conninfo_to_dict(url)
     except psycopg.ProgrammingError:  # its text quotes the URL, password and all
         raise ValueError(INVALID_URL) from None
-    # An @ or / in a password has to be percent-encoded: else a part of it is taken for a name, and logged.
+    # An @ or / in a password has to be percent-encoded. Otherwise libpq takes a part of the password for the host, the
+    # port or the database, and its errors, which we log, tell that.
     if "@" in parts.get("host", "") + parts.get("dbname", ""):
         raise ValueError(INVALID_URL)
     if not re.fullmatch("[0-9,]*", str(parts.get("port", ""))):
@@ -141,10 +141,10 @@ def initdb(url: str | None = None) -> None:
 class Trouble(Enum):
     """What became of a statement that failed."""
 
-    AWAY = "It was never sent, or cancelled: it is certainly not done."
+    AWAY = "The database does not answer; it was never sent, or cancelled: it is certainly not done."
     UNCERTAIN = "It was sent, and no clear answer came: it may have been done."
-    REFUSED = "It breaks a check constraint of the schema."
-    NOT_READY = "The database answers, but cannot do what it was asked for."
+    REFUSED = "It breaks a check constraint of the schema: it is certainly not done."
+    NOT_READY = "The database answers, but cannot do it: it is certainly not done."
 
 
 class Unavailable(HTTPError):
@@ -230,9 +230,9 @@ class Pool(ConnectionPool):
 
     def refuse_if_hung_up(self, connection):
         """Raise psycopg.OperationalError if the server has hung up; then the others have to go, too."""
-        server = poll()  # it says nothing on an idle connection but good-bye
-        server.register(connection.fileno(), POLLIN)
-        if server.poll(0):
+        poller = poll()
+        poller.register(connection.fileno(), POLLIN)
+        if poller.poll(0):  # on an idle connection the server says nothing but good-bye
             connection.close()
             self.drain()
             raise psycopg.OperationalError("the server has hung up")
@@ -256,7 +256,8 @@ def execute(pool: Pool, patience: float, statement: str, parameters: Sequence = 
             connection.give_up_at = monotonic() + patience
             cursor = connection.execute(statement, parameters)
             return cursor.fetchall() if cursor.description else []
-    except (psycopg.Error, ValueError) as error:  # ValueError: text in a row that cannot be decoded
+    # ValueError: text in a row that cannot be decoded; RuntimeError: no thread to open the pool with
+    except (psycopg.Error, ValueError, RuntimeError) as error:
         log.warning("database: %s%s", " ".join(str(error).split()) or type(error).__name__, advice(error))
         raise Unavailable(trouble_of(error, connected=connection is not None)) from error
 
@@ -277,8 +278,8 @@ def trouble_of(error: Exception, connected: bool) -> Trouble:
 def is_undone(error: Exception) -> bool:
     """Return whether it is certain that the statement has changed nothing.
 
-    An ERROR undoes it. The last word of a lost connection does not, nor does an ERROR that says the outcome is not
-    known: a connection behind the server was lost (class 08), completion unknown (40003), internal error (class XX).
+    An ERROR undoes it. The FATAL of a connection that ends does not, nor does an ERROR that says the outcome is unknown:
+    a connection behind the server was lost (class 08), completion unknown (40003), internal error (class XX).
     https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
     if not isinstance(error, psycopg.Error):
@@ -302,23 +303,24 @@ def advice(error: Exception) -> str:
 class Reading(NamedTuple):
     """The rows that a statement returned.
 
+    number -- which of its Reader's readings it is
     begun_at -- time.monotonic() when the reading began; it has every vote that was committed before
-    outdated -- no newer one came in time
+    outdated -- a later one was waited for, and failed or did not come in time
     """
 
-    rows: list[tuple]
+    number: int
     begun_at: float
+    rows: list[tuple]
     outdated: bool = False
 
 
 class Reader:
     """Reads by one statement for all visitors, in a thread of its own, so that a slow database holds up few of them.
 
-    At most one reading is under way, and one is queued behind it. The queued one will have every vote committed before
-    now; the one under way may not.
+    Its readings have numbers: 1, 2, 3 ... At most one is under way; one more may be asked for, and begins after it.
 
     patience -- seconds for the statement
-    refreshed_after -- age in seconds at which a new reading is queued, while visitors get the one there is
+    refreshed_after -- age in seconds at which a new reading is asked for, while visitors get the one there is
     fresh -- age in seconds after which visitors wait for the new one
     """
 
@@ -328,20 +330,21 @@ class Reader:
         self.refreshed_after = refreshed_after
         self.fresh = fresh
         self.executor = ThreadPoolExecutor(max_workers=1)
-        self.lock = Lock()  # for changes of the three below
-        self.last = None  # the last Reading that succeeded
-        self.newest = Future()  # of the newest one: its result will be a Reading, or a Trouble
-        self.newest.set_result(Trouble.AWAY)  # none is under way yet
-        self.queued_at = -inf
+        self.last: Reading | None = None  # the last that succeeded
+        self.trouble = Trouble.AWAY  # of the last that failed
+        self.asked_for = self.begun = self.ended = 0  # the highest number of a reading that was so far
+        self.asked_at = -inf  # when the last one was asked for
+        self.changed = Condition()  # guards these numbers; wakes those who wait for a reading to end
 
     def if_fresh(self) -> Reading | None:
         """Return the last Reading if it is fresh. If it gets old, have a new one made meanwhile."""
         reading = self.last
-        if reading is None or reading.outdated:
+        if reading is None:
             return None
         age = monotonic() - reading.begun_at
         if age > self.refreshed_after:
-            self.coming()
+            with self.changed:
+                self.ask_for(self.ended + 1)
         return reading if age <= self.fresh else None
 
     def latest(self) -> Reading:
@@ -349,65 +352,53 @@ class Reader:
         reading = self.if_fresh()
         if reading:
             return reading
-        last = self.last
-        coming = self.coming()
-        if last is None:
-            return self.wait_for(coming, FIRST_WAIT, last)
-        # Who comes late to a reading that takes long does not wait at all.
-        return self.wait_for(coming, self.queued_at + PAGE_WAIT - monotonic(), last)
+        with self.changed:
+            next_to_end = self.ended + 1
+            self.ask_for(next_to_end)
+            # A visitor who comes late to a slow reading does not wait at all.
+            return self.wait_for(next_to_end, self.asked_at + PAGE_WAIT)
 
     def begun_from_now(self) -> Reading:
         """Return a Reading that begins after this call; else as `latest`."""
-        last = self.last
-        with self.lock:
-            if self.newest.running() or self.newest.done():
-                self.queue()
-            coming = self.newest
-        return self.wait_for(coming, VOTER_WAIT if last else FIRST_WAIT, last)
+        with self.changed:
+            next_to_begin = self.begun + 1
+            self.ask_for(next_to_begin)
+            return self.wait_for(next_to_begin, monotonic() + VOTER_WAIT)
 
-    def coming(self) -> Future:
-        """Return the Future of the Reading that is under way or queued; queue one if there is none."""
-        with self.lock:
-            if self.newest.done():
-                self.queue()
-            return self.newest
+    def ask_for(self, number: int) -> None:
+        """Have the reading of this number made, the next to begin, unless somebody has asked for it."""
+        if self.asked_for < number:
+            self.executor.submit(self.read)
+            self.asked_for = number
+            self.asked_at = monotonic()
 
-    def queue(self) -> None:
-        """Have a reading made as soon as the thread is free."""
-        self.newest = self.executor.submit(self.read)
-        self.queued_at = monotonic()
-
-    def read(self) -> Reading | Trouble:
-        """Run the statement."""
-        begun_at = monotonic()
+    def read(self) -> None:
+        """Run the statement, and wake those who wait for what comes of it."""
+        with self.changed:
+            self.begun += 1
+            number, begun_at = self.begun, monotonic()
         try:
             rows = execute(page_pool, self.patience, self.statement)
+            self.last = Reading(number, begun_at, rows)
         except Unavailable as error:
+            self.trouble = error.trouble
             sleep(RETRY_PAUSE)
-            return error.trouble
-        reading = Reading(rows, begun_at)
-        with self.lock:
-            self.last = reading
-        return reading
+        finally:
+            with self.changed:
+                self.ended = number
+                self.changed.notify_all()
 
-    def wait_for(self, coming: Future, seconds: float, last: Reading | None) -> Reading:
-        """Return the Reading that comes within some seconds, else the last one, marked as outdated.
+    def wait_for(self, number: int, deadline: float) -> Reading:
+        """Return the Reading of this number or a later one; or the last one, as outdated, if none has come in time.
 
-        last -- the last one that was known before; if it still is, all visitors get it as outdated from now on
+        Raises Unavailable if there is none at all.
         """
-        try:
-            result = coming.result(max(seconds, 0))
-        except FutureTimeout:
-            result = Trouble.AWAY
-        if isinstance(result, Reading):
-            return result
-        with self.lock:
-            if self.last is None:
-                raise Unavailable(result)
-            outdated = self.last if self.last.outdated else self.last._replace(outdated=True)
-            if self.last is last:
-                self.last = outdated
-            return outdated
+        patience = deadline - monotonic() if self.last else FIRST_WAIT
+        self.changed.wait_for(lambda: self.ended >= number, max(patience, 0))
+        reading = self.last
+        if reading is None:
+            raise Unavailable(self.trouble)
+        return reading._replace(outdated=reading.number < number)
 
 
 # No setting of the database, a role or the environment changes what these return.
@@ -432,7 +423,7 @@ def votes_in_periods(rows: list[tuple], seconds: int, number: int) -> list[tuple
     return [(datetime.fromtimestamp(period * seconds, timezone.utc), votes) for period, votes in periods.items()]
 
 
-# Votes. What costs is the commit, for which the server waits for its disk: so many share one.
+# Votes. The commit is the expensive part, since the server waits for its disk: so many votes share one.
 
 INSERT = "INSERT INTO public.votes (vote) SELECT unnest(%s::text[])"
 
@@ -486,7 +477,7 @@ class VoteStore:
         with self.joining:
             if self.gathering is batch:
                 self.gathering = Batch()
-        outcome = Trouble.UNCERTAIN  # whatever happens here, nobody may wait for ever
+        outcome = Trouble.UNCERTAIN  # whatever happens to the statement, nobody may wait for ever
         try:
             outcome = attempt(batch.votes)
         finally:
@@ -496,7 +487,7 @@ class VoteStore:
 
 
 def attempt(votes: list[str]) -> Trouble | None:
-    """Store votes by one statement; return None, or the Trouble: each voter needs an exception of one's own."""
+    """Store votes by one statement; return None, or the Trouble: each voter needs their own exception."""
     try:
         execute(vote_pool, VOTE_PATIENCE, INSERT, [votes])
     except Unavailable as error:
@@ -515,7 +506,7 @@ KEPT_FOR_A_YEAR = "max-age=31536000, immutable"
 
 
 class Answer:
-    """A finished answer with an entity tag, which a visitor shows next time."""
+    """A finished answer with an entity tag, which the browser sends back when it asks again."""
 
     def __init__(self, body: bytes, content_type: str, cache_control: str):
         self.body = body
@@ -546,7 +537,7 @@ class SharedPage:
     def made_of(self, reading: Reading) -> Answer:
         """Return the Answer for a Reading, made now unless it is the one made last."""
         last_reading, answer = self.last_made
-        if last_reading is not reading:
+        if last_reading != reading:
             answer = self.make(reading)
             self.last_made = (reading, answer)
         return answer
@@ -554,7 +545,7 @@ class SharedPage:
     def finished(self) -> Answer | None:
         """Return the Answer if it is made already, and fresh."""
         last_reading, answer = self.last_made
-        return answer if answer and last_reading is self.reader.if_fresh() else None
+        return answer if answer and last_reading == self.reader.if_fresh() else None
 
 
 def render(view: str, **values) -> str:
@@ -629,15 +620,15 @@ def index():
     """The page; `?voted=CAT` adds thanks and a tally that includes that vote, whichever worker answers."""
     voter_page = voter_pages.get(request.query.voted)
     if voter_page:
-        return give(voter_page.made_of(tally_reader.begun_from_now()))
-    return give(index_page.made_of(tally_reader.latest()))
+        return respond_with(voter_page.made_of(tally_reader.begun_from_now()))
+    return respond_with(index_page.made_of(tally_reader.latest()))
 
 
 @routes.get("/tally.json")
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
     reading = tally_reader.latest()
-    answer = give(tally_page.made_of(reading))
+    answer = respond_with(tally_page.made_of(reading))
     if reading.outdated:
         answer.set_header("Age", str(int(monotonic() - reading.begun_at)))
     return answer
@@ -646,10 +637,10 @@ def tally_json():
 @routes.get("/history")
 def history():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    return give(history_page.made_of(history_reader.latest()))
+    return respond_with(history_page.made_of(history_reader.latest()))
 
 
-def give(answer: Answer) -> HTTPResponse:
+def respond_with(answer: Answer) -> HTTPResponse:
     """Return what this visitor gets of an answer that is the same for everybody."""
     status, headers, body = answer.for_visitor(request.environ)
     return HTTPResponse(body, status, headers)
@@ -726,8 +717,8 @@ def healthz():
 def static(path):
     """A file or a part of it; for a year if its address names the present version, else to be asked for again."""
     file = files.get(request.path)
-    if file and "HTTP_IF_NONE_MATCH" in request.environ:  # wins over a date, which Bottle does not know
-        answer = give(file)
+    if file and "HTTP_IF_NONE_MATCH" in request.environ:
+        answer = respond_with(file)  # a tag wins over a date (RFC 9110, section 13.1.3), but not for Bottle
     else:
         answer = static_file(path, root=STATIC, etag=file.tag if file else False)
     if answer.status_code < 400:
@@ -742,6 +733,7 @@ def error_page(error: HTTPError) -> str:
         return Bottle.default_error_handler(routes, error)  # the traceback
     response.set_header("Cache-Control", "no-store")
     if error.status_code == 405:
+        # To Bottle, HEAD is a kind of GET.
         response.set_header("Allow", response.get_header("Allow").replace("GET", "GET, HEAD"))
     if request.path == "/tally.json":
         response.content_type = "application/json"
@@ -785,13 +777,13 @@ def app(environ, start_response):
         status, headers, body = answer.for_visitor(environ)
         start_securely(status, headers)
         return [body]
-    # Bottle drops bytes that are not UTF-8, which would make / of /%FF; none of our paths has others than ASCII.
+    # Bottle drops bytes that are not UTF-8, which would make / of /%FF. All our paths are ASCII.
     environ["PATH_INFO"] = environ["PATH_INFO"].encode("ascii", "replace").decode()
     return routes(environ, start_securely)
 
 
 def finished_answer(environ: dict) -> Answer | None:
-    """Return the answer to a plain question if it is made already. Most are so, and need no routing."""
+    """Return the answer to a plain question if it is made already; most requests get one, and need no routing."""
     if environ["REQUEST_METHOD"] != "GET":
         return None
     path, query = environ["PATH_INFO"], environ.get("QUERY_STRING")

@@ -58,14 +58,14 @@ class Load:
     services -- those to visit, by turns
     voters -- how many vote, again and again, and go where a 303 sends them
     watchers -- how many look at each of WATCHED, again and again
-    pause -- seconds from an answer to the next request
+    pause -- seconds from an answer to the next request: long enough that the load leaves the machine time for others
 
     `answers` is the log.
     """
 
     WATCHED = ("/", "/static/icon.svg", "/healthz")
 
-    def __init__(self, *services, voters=24, watchers=2, pause=0.05):
+    def __init__(self, *services, voters=24, watchers=2, pause=0.2):
         self.answers, self.pause = [], pause
         self.ended = Event()
         service = cycle(services)

@@ -569,9 +569,40 @@ def test_a_visitor_waits_for_a_new_reading_only_if_the_last_is_too_old(applicati
     reader = sys.modules["catvote"].Reader(statement, patience=2, refreshed_after=1.6, fresh=2)
     old = reader.latest()
     time.sleep(old.begun_at + age - time.monotonic())
-    assert (reader.latest() is not old) == a_visitor_waits
+    assert (reader.latest().number > old.number) == a_visitor_waits
     time.sleep(0.5)
     assert reader.if_fresh() not in (None, old)
+
+
+def test_a_reading_that_failed_is_made_again_for_the_next_visitor(application, connection):
+    catvote = sys.modules["catvote"]
+    reader = catvote.Reader("SELECT 1 FROM public.later", patience=2, refreshed_after=20, fresh=50)
+    with pytest.raises(catvote.Unavailable):
+        reader.latest()
+    connection.execute("CREATE TABLE public.later (number int)")
+    assert reader.latest().rows == []
+
+
+def test_who_waits_for_a_reading_hears_also_of_one_that_failed_by_surprise(application, monkeypatch):
+    catvote = sys.modules["catvote"]
+    monkeypatch.setattr(catvote, "execute", lambda *_: 1 / 0)
+    started_at = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(catvote.Unavailable):
+            catvote.tally_reader.latest()
+    assert time.monotonic() - started_at < catvote.FIRST_WAIT
+
+
+def test_without_a_thread_to_open_connections_with_a_vote_is_certainly_not_counted(application, monkeypatch):
+    catvote = sys.modules["catvote"]
+
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(Thread, "start", start)
+    with pytest.raises(catvote.Unavailable) as error:
+        catvote.vote_store.store("Pita")
+    assert error.value.trouble is catvote.Trouble.AWAY
 
 
 def test_a_connection_that_gave_up_is_not_used_again(application):
