@@ -81,7 +81,7 @@ RETRY_AFTER = 5  # for visitors whom we ask to come again
 # Connections to the database cost more than threads. Two workers have at most 8 of them: small hosted plans allow 20.
 CONNECTIONS_FOR_VOTES = 2  # the second takes over while the first is held up
 CONNECTIONS_FOR_PAGES = 2  # one for each Reader
-UNUSED_TOO_LONG = 10  # networks forget silent connections without a word, some after a minute
+UNUSED_TOO_LONG = 10  # for a connection: networks forget silent ones without a word, some after a minute
 KEEPALIVE_PAUSE = 20
 
 VOTES_A_STATEMENT = 8  # at most; as many threads wait for a statement that hangs
@@ -159,6 +159,7 @@ class Connection(psycopg.Connection):
     """A connection whose statements are cancelled at the moment `give_up_at`, even if the server has frozen."""
 
     give_up_at = inf  # time.monotonic()
+    given_out_at = inf  # by the pool, for the last time; not yet
 
     def wait(self, gen, interval=0.1, timeout=None):
         """Wait for the server's answer; `gen` is a generator that works on it until it is complete.
@@ -187,10 +188,7 @@ class Connection(psycopg.Connection):
 
 
 class Pool(ConnectionPool):
-    """A pool that opens at its first use, so in the process that uses it, and trusts no silent connection.
-
-    Connections that nobody needs are closed after a while, one at a time (`max_idle`). If nobody came at all, or if the
-    server has hung up on one, all that are left are replaced before they are used (`drain`).
+    """A pool that opens at its first use, so in the process that uses it, and gives out no connection that may be dead.
 
     name -- what the log calls it
     size -- how many connections there are at most
@@ -210,32 +208,38 @@ class Pool(ConnectionPool):
                 "keepalives_interval": KEEPALIVE_PAUSE,
                 "application_name": "catvote",
             },
-            check=self.refuse_if_hung_up,
+            check=self.refuse_if_dead,
             min_size=0,
             max_size=size,
             max_idle=UNUSED_TOO_LONG,
             reconnect_timeout=2,
             open=False,
         )
-        self.used_at = monotonic()
         atexit.register(self.close)
 
     def getconn(self, timeout=None):
-        """Return a connection that works, as far as one can know without asking the server."""
+        """Return a connection; the pool calls `refuse_if_dead` with it first, and takes another one if that raises."""
         self.open()
-        if monotonic() - self.used_at > UNUSED_TOO_LONG:
-            self.drain()
-        self.used_at = monotonic()
         return super().getconn(timeout)
 
-    def refuse_if_hung_up(self, connection):
-        """Raise psycopg.OperationalError if the server has hung up; then the others have to go, too."""
-        poller = poll()
-        poller.register(connection.fileno(), POLLIN)
-        if poller.poll(0):  # on an idle connection the server says nothing but good-bye
+    def refuse_if_dead(self, connection):
+        """Raise psycopg.OperationalError if a connection may be dead, as far as one can know without asking the server.
+
+        Then the others may be dead as well, and are all replaced.
+        """
+        unused_for = monotonic() - connection.given_out_at
+        if unused_for > UNUSED_TOO_LONG or has_something_to_say(connection):
             connection.close()
             self.drain()
-            raise psycopg.OperationalError("the server has hung up")
+            raise psycopg.OperationalError("the connection may be dead")
+        connection.given_out_at = monotonic()
+
+
+def has_something_to_say(connection: Connection) -> bool:
+    """Return whether the server has sent something: on a connection that nobody uses, that is a good-bye."""
+    poller = poll()
+    poller.register(connection.fileno(), POLLIN)
+    return bool(poller.poll(0))
 
 
 # Votes that hang must not keep pages from the database: hence two pools.

@@ -66,9 +66,8 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
     with Service(database) as service:
         with Load(service, pause=0) as load, psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            wait_until(
-                lambda: len(backends(database)) >= 3
-            )  # two for votes and one for pages, of a worker if not of both
+            # Two for votes and one for pages, of a worker if not of both.
+            wait_until(lambda: len(backends(database)) >= 3)
             connection.rollback()
         server.terminate()
         server.start()
@@ -102,7 +101,7 @@ def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
         time.sleep(2)
         with frozen(server.server_pid):
-            time.sleep(15)
+            time.sleep(9)  # longer than a vote may take
         thawed_at = time.monotonic()
         time.sleep(4)
     recovered = recovery(load, thawed_at)
@@ -118,7 +117,7 @@ def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             locked_at = time.monotonic()
-            time.sleep(15)
+            time.sleep(9)  # longer than a vote may take
         freed_at = time.monotonic()
         time.sleep(2)
     recovered = recovery(load, freed_at)
