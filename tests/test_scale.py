@@ -9,6 +9,7 @@ import ssl
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPSConnection
 from itertools import count, cycle
@@ -214,6 +215,16 @@ def test_everybodys_pages_are_asked_for_once_a_second_whatever_host_visitors_nam
     asked = [answer for answer in answers if answer.headers["X-Cache"] != "HIT"]
     assert {answer.status for answer in answers} == {200}
     assert 1 <= len(asked) <= seconds + 1
+
+
+@pytest.mark.parametrize("path", EVERYBODYS)
+def test_many_who_ask_at_once_for_a_page_that_nobody_has_yet_cost_one_request(new_nginx, shared_services, path):
+    with ThreadPoolExecutor(max_workers=20) as visitors:
+        with frozen(shared_services[0].process.pid), frozen(shared_services[1].process.pid):
+            answers = [visitors.submit(get, new_nginx, path) for _ in range(20)]
+            time.sleep(0.5)
+        caches = sorted(answer.result().headers["X-Cache"] for answer in answers)
+    assert caches == 19 * ["HIT"] + ["MISS"]
 
 
 @pytest.mark.parametrize("path", EVERYBODYS)
