@@ -1,7 +1,7 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
 A server such as gunicorn calls `app`, at the end of this file, for each request. A finished answer is returned as it
-is; without one, Bottle finds the request's handler, which asks the database and fills a view.
+is; without one, Bottle finds the request's handler, which asks the database and fills a template.
 """
 
 import atexit
@@ -89,7 +89,7 @@ TURN_PATIENCE = 0.1  # how long a statement waits for the one before; then both 
 FORM_LIMIT = 4096  # bytes; a vote needs ten, or two hundred as multipart
 
 FOLDER = Path(__file__).resolve().parent
-VIEWS = [str(FOLDER / "views")]
+TEMPLATE_FOLDERS = [str(FOLDER / "views")]
 STATIC = FOLDER / "static"
 STATIC_FILES = [file for file in sorted(STATIC.rglob("*")) if file.is_file()]
 VERSION_QUERY = "v=" + sha256(b"".join(file.read_bytes() for file in STATIC_FILES)).hexdigest()[:8]
@@ -552,9 +552,9 @@ class SharedPage:
         return answer if answer and last_reading == self.reader.if_fresh() else None
 
 
-def render(view: str, **values) -> str:
-    """Fill a view, views/NAME.tpl, with these values and those that many views need."""
-    return template(view, values, SHARED_VALUES, template_lookup=VIEWS)
+def render(name: str, **values) -> str:
+    """Fill a template, views/NAME.tpl, with these values and those that many templates need."""
+    return template(name, values, SHARED_VALUES, template_lookup=TEMPLATE_FOLDERS)
 
 
 def static_url(name: str) -> str:
