@@ -141,7 +141,7 @@ def initdb(url: str | None = None) -> None:
 class Trouble(Enum):
     """What became of a statement that failed."""
 
-    AWAY = "The database does not answer; it was never sent, or cancelled: it is certainly not done."
+    AWAY = "It was never sent, or the database confirmed that it was cancelled: it is certainly not done."
     UNCERTAIN = "It was sent, and no clear answer came: it may have been done."
     REFUSED = "It breaks a check constraint of the schema: it is certainly not done."
     NOT_READY = "The database answers, but cannot do it: it is certainly not done."
