@@ -72,7 +72,7 @@ CANCEL_PATIENCE = 1  # to ask the server to cancel a statement, and as long agai
 # A page has a tally from the last second, or says that it is outdated. Fresh for 0.8 leaves time to make and send it.
 TALLY_REFRESHED_AFTER, TALLY_FRESH = 0.5, 0.8
 HISTORY_REFRESHED_AFTER, HISTORY_FRESH = 20, 50
-PAGE_WAIT = 0.5  # how long after a reading was asked for visitors wait before they get the older one
+PAGE_WAIT = 0.5  # how long after a reading began visitors wait for it before they get the older one
 VOTER_WAIT = 1.5  # how long a visitor who has just voted waits for a reading that has the vote
 FIRST_WAIT = 5  # how long a visitor waits while there is no reading at all: about as long as one may take
 RETRY_PAUSE = 0.2  # after a reading that failed; without it, an immediate error would be logged at each visit
@@ -159,7 +159,6 @@ class Connection(psycopg.Connection):
     """A connection whose statements are cancelled at the moment `give_up_at`, even if the server has frozen."""
 
     give_up_at = inf  # time.monotonic()
-    given_out_at = inf  # by the pool, for the last time; not yet
 
     def wait(self, gen, interval=0.1, timeout=None):
         """Wait for the server's answer; `gen` is a generator that works on it until it is complete.
@@ -180,7 +179,8 @@ class Connection(psycopg.Connection):
 
         If it says that it cancelled, nothing was done: that raises QueryCanceled. If it says nothing, it may do it
         later. If it says that the statement was done, our time-out stands, too: with synchronous replication, a commit
-        that is cancelled may be on this server only.
+        that is cancelled may be on this server only. (Before libpq 17, which psycopg[binary] brings, the request to
+        cancel had no time-out.)
         """
         with closing(self):
             self.cancel_safe(timeout=CANCEL_PATIENCE)
@@ -208,6 +208,7 @@ class Pool(ConnectionPool):
                 "keepalives_interval": KEEPALIVE_PAUSE,
                 "application_name": "catvote",
             },
+            configure=note_use,
             check=self.refuse_if_dead,
             min_size=0,
             max_size=size,
@@ -227,16 +228,21 @@ class Pool(ConnectionPool):
 
         Then the others may be dead as well, and are all replaced.
         """
-        unused_for = monotonic() - connection.given_out_at
-        if unused_for > UNUSED_TOO_LONG or has_something_to_say(connection):
+        unused_for = monotonic() - connection.used_at
+        if unused_for > UNUSED_TOO_LONG or server_has_hung_up(connection):
             connection.close()
             self.drain()
             raise psycopg.OperationalError("the connection may be dead")
-        connection.given_out_at = monotonic()
+        note_use(connection)
 
 
-def has_something_to_say(connection: Connection) -> bool:
-    """Return whether the server has sent something: on a connection that nobody uses, that is a good-bye."""
+def note_use(connection: Connection) -> None:
+    """Note that the pool has made a connection, or given it out, right now."""
+    connection.used_at = monotonic()
+
+
+def server_has_hung_up(connection: Connection) -> bool:
+    """Return whether the server has sent something: on an idle connection that is hardly ever anything but good-bye."""
     poller = poll()
     poller.register(connection.fileno(), POLLIN)
     return bool(poller.poll(0))
@@ -309,7 +315,7 @@ class Reading(NamedTuple):
 
     number -- which of its Reader's readings it is
     begun_at -- time.monotonic() when the reading began; it has every vote that was committed before
-    outdated -- a later one was waited for, and failed or did not come in time
+    outdated -- it took too long, or a later one was waited for, and failed or was late
     """
 
     number: int
@@ -336,12 +342,12 @@ class Reader:
         self.executor = ThreadPoolExecutor(max_workers=1)
         self.last: Reading | None = None  # the last that succeeded
         self.trouble = Trouble.AWAY  # of the last that failed
-        self.asked_for = self.begun = self.ended = 0  # the highest number of a reading that was so far
-        self.asked_at = -inf  # when the last one was asked for
-        self.changed = Condition()  # guards these numbers; wakes those who wait for a reading to end
+        self.asked_for = self.begun = self.ended = 0  # number of the last one that was asked for, has begun, has ended
+        self.begun_at = -inf  # when the last one that has begun did so
+        self.changed = Condition()  # guards these four; wakes those who wait for a reading to end
 
     def if_fresh(self) -> Reading | None:
-        """Return the last Reading if it is fresh. If it gets old, have a new one made meanwhile."""
+        """Return the last Reading if it is fresh. When it is no longer quite fresh, have a new one made meanwhile."""
         reading = self.last
         if reading is None:
             return None
@@ -360,7 +366,9 @@ class Reader:
             next_to_end = self.ended + 1
             self.ask_for(next_to_end)
             # A visitor who comes late to a slow reading does not wait at all.
-            return self.wait_for(next_to_end, self.asked_at + PAGE_WAIT)
+            is_under_way = self.begun == next_to_end
+            began_at = self.begun_at if is_under_way else monotonic()
+            return self.wait_for(next_to_end, began_at + PAGE_WAIT)
 
     def begun_from_now(self) -> Reading:
         """Return a Reading that begins after this call; else as `latest`."""
@@ -370,23 +378,25 @@ class Reader:
             return self.wait_for(next_to_begin, monotonic() + VOTER_WAIT)
 
     def ask_for(self, number: int) -> None:
-        """Have the reading of this number made, the next to begin, unless somebody has asked for it."""
+        """Have the reading of this number made, unless it was asked for before."""
         if self.asked_for < number:
             self.executor.submit(self.read)
             self.asked_for = number
-            self.asked_at = monotonic()
 
     def read(self) -> None:
         """Run the statement, and wake those who wait for what comes of it."""
         with self.changed:
             self.begun += 1
-            number, begun_at = self.begun, monotonic()
+            self.begun_at = monotonic()
+        number, begun_at = self.begun, self.begun_at
         try:
             rows = execute(page_pool, self.patience, self.statement)
             self.last = Reading(number, begun_at, rows)
         except Unavailable as error:
             self.trouble = error.trouble
             sleep(RETRY_PAUSE)
+        except Exception:  # in a thread of its own nobody else would tell of it
+            log.exception("A reading failed")
         finally:
             with self.changed:
                 self.ended = number
@@ -402,7 +412,8 @@ class Reader:
         reading = self.last
         if reading is None:
             raise Unavailable(self.trouble)
-        return reading._replace(outdated=reading.number < number)
+        took_too_long = monotonic() - reading.begun_at > self.fresh
+        return reading._replace(outdated=reading.number < number or took_too_long)
 
 
 # No setting of the database, a role or the environment changes what these return.
@@ -536,7 +547,7 @@ class SharedPage:
     def __init__(self, reader: Reader, make: Callable[[Reading], Answer]):
         self.reader = reader
         self.make = make
-        self.last_made = (None, None)  # a Reading, and the Answer made of it
+        self.last_made = (None, None)  # a Reading, and the Answer made of it: in one, so that no thread sees half of it
 
     def made_of(self, reading: Reading) -> Answer:
         """Return the Answer for a Reading, made now unless it is the one made last."""
@@ -711,9 +722,10 @@ def read_body() -> bytes:
 @routes.get("/healthz")
 def healthz():
     """200 while the database answers and has the schema, for a platform that asks; else 503."""
-    for reading in (tally_reader.begun_from_now(), history_reader.latest()):
-        if reading.outdated:
-            raise Unavailable(Trouble.AWAY)
+    asked_at = monotonic()
+    for reader in tally_reader, history_reader:
+        if reader.begun_from_now().begun_at < asked_at:
+            raise Unavailable(reader.trouble)
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
 

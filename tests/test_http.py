@@ -583,7 +583,7 @@ def test_a_reading_that_failed_is_made_again_for_the_next_visitor(application, c
     assert reader.latest().rows == []
 
 
-def test_who_waits_for_a_reading_hears_also_of_one_that_failed_by_surprise(application, monkeypatch):
+def test_visitors_and_operator_hear_of_a_reading_that_failed_by_surprise(application, monkeypatch, caplog):
     catvote = sys.modules["catvote"]
     monkeypatch.setattr(catvote, "execute", lambda *_: 1 / 0)
     started_at = time.monotonic()
@@ -591,6 +591,35 @@ def test_who_waits_for_a_reading_hears_also_of_one_that_failed_by_surprise(appli
         with pytest.raises(catvote.Unavailable):
             catvote.tally_reader.latest()
     assert time.monotonic() - started_at < catvote.FIRST_WAIT
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_tally_that_took_long_to_read_is_marked_and_no_reason_to_call_the_service_ill(application, connection):
+    catvote = sys.modules["catvote"]
+    connection.execute("ALTER VIEW vote_totals RENAME TO quick_totals")
+    connection.execute("CREATE VIEW vote_totals AS SELECT * FROM quick_totals WHERE pg_sleep(0.5) IS NOT NULL")
+    catvote.tally_reader.patience = 5
+    assert catvote.tally_reader.latest().outdated
+    assert not catvote.history_reader.latest().outdated
+    assert catvote.healthz().status_code == 200
+
+
+def test_who_comes_late_to_a_slow_reading_does_not_wait_for_it_but_for_the_next(application, connection):
+    catvote = sys.modules["catvote"]
+    connection.execute("CREATE TABLE pause AS SELECT 0 AS seconds")
+    reader = catvote.Reader("SELECT pg_sleep(seconds) FROM pause", patience=5, refreshed_after=0.1, fresh=0.1)
+    reader.latest()
+    connection.execute("UPDATE pause SET seconds = 2")
+    time.sleep(0.2)
+    waits = []
+    for _ in range(3):
+        asked_at = time.monotonic()
+        assert reader.latest().outdated
+        waits.append(time.monotonic() - asked_at)
+    assert waits[0] == pytest.approx(catvote.PAGE_WAIT, abs=0.2)
+    assert max(waits[1:]) < 0.2
+    connection.execute("UPDATE pause SET seconds = 0")
+    wait_until(lambda: not reader.latest().outdated)
 
 
 def test_without_a_thread_to_open_connections_with_a_vote_is_certainly_not_counted(application, monkeypatch):
