@@ -211,6 +211,8 @@ def check(service, connection):
     assert "database: " not in logged  # nothing failed that was then mended
     age = "SELECT extract(epoch FROM now() - date_created) FROM public.votes WHERE vote = 'Pita'"
     assert connection.execute(age).fetchone()[0] < 60
+    into_hour = "SELECT extract(epoch FROM hour)::bigint % 3600 FROM public.votes_by_hour WHERE vote = 'Pita'"
+    assert connection.execute(into_hour).fetchall() == [(0,)]
 
 
 HOUR, DAY = "%d %b, %H:00", "%d %b"  # as /history names them
