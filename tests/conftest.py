@@ -5,13 +5,17 @@ import os
 import shutil
 import signal
 from bisect import bisect
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
+from altered import READ_FOR_EACH_PAGE, AlteredService
 from checkout import copy_of_project
 from faults import backends, sql, wait_until
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres, apply_schema, server_account
 from local.programs import programs_of
 from local.service import Service, free_port
 from playwright.sync_api import sync_playwright
@@ -33,58 +37,70 @@ def missing(reason):
 
 
 @pytest.fixture(scope="session")
-def own_server():
-    """A PostgreSQL server for all tests: a LocalPostgres."""
-    with LocalPostgres() as server:
+def server_of():
+    """A function that returns the server of a major version, by default our own: a LocalPostgres, for all tests."""
+    with ExitStack() as stack:
+        # Each costs a second of CPU, and tests of several modules may come in any order.
+        yield cache(lambda major=None: stack.enter_context(swift_server(bindir=major and programs_of(major))))
+
+
+@contextmanager
+def swift_server(**arguments):
+    """Yield a LocalPostgres whose new databases lie in memory if this machine has room: each is 300 files."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or shutil.disk_usage(memory).free < 2**30:
+        with LocalPostgres(**arguments) as server:
+            yield server
+        return
+    with TemporaryDirectory(prefix="catvote-", dir=memory) as folder, LocalPostgres(**arguments) as server:
+        if account := server_account():
+            os.chown(folder, account["user"], account["group"])
+        with psycopg.connect(server.url(), autocommit=True) as connection:
+            connection.execute(f"CREATE TABLESPACE memory LOCATION '{folder}'")
+            connection.execute("ALTER DATABASE template0 SET TABLESPACE memory")  # which its copies inherit
         yield server
 
 
 @pytest.fixture(scope="module")
-def server(request, own_server):
-    """The server of all tests or, for tests marked on_every_major, one of that version."""
-    major = getattr(request, "param", None)
-    if not major:
-        yield own_server
-        return
+def server(request, server_of):
+    """The server of all tests or, for tests marked on_every_major, the one of that version."""
     try:
-        bindir = programs_of(major)
+        return server_of(getattr(request, "param", None))
     except RuntimeError as error:
         missing(str(error))
-    with LocalPostgres(bindir=bindir) as other:
-        yield other
-
-
-@pytest.fixture(scope="session")
-def template(own_server):
-    """Name of a database with the schema, to be copied."""
-    with psycopg.connect(own_server.url(), autocommit=True) as connection:
-        connection.execute("CREATE DATABASE catvote_template")
-    apply_schema(own_server.url("catvote_template"))
-    return "catvote_template"
 
 
 @contextmanager
-def new_database(server, template):
-    """Yield the URL of a new copy of a template database, dropped at the end."""
+def new_database(server, template="template0"):
+    """Yield the URL of a new copy of a template database, dropped at the end unless the server was stopped."""
     name = f"catvote_{next(numbers)}"
     with psycopg.connect(server.url(), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         yield server.url(name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+        with suppress(psycopg.OperationalError):
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="module")
+def template(server):
+    """Name of a database with the schema, to be copied."""
+    with new_database(server) as url:
+        apply_schema(url)
+        yield url.rpartition("/")[2]
 
 
 @pytest.fixture
 def empty_database(server):
     """URL of a database without anything, for one test."""
-    with new_database(server, "template0") as url:
+    with new_database(server) as url:
         yield url
 
 
 @pytest.fixture
-def database(empty_database):
+def database(server, template):
     """URL of a database with the schema and no votes, for one test."""
-    apply_schema(empty_database)
-    return empty_database
+    with new_database(server, template) as url:
+        yield url
 
 
 @pytest.fixture
@@ -134,10 +150,30 @@ def shared_service(shared_database):
 
 
 @pytest.fixture(scope="module")
-def collect(shared_database):
-    """A function that returns the votes stored since its last call, and removes them."""
+def prompt_service(shared_database):
+    """The service on `shared_database`, one worker that makes each page of what the database says at that moment."""
+    with AlteredService(shared_database, READ_FOR_EACH_PAGE) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def shared_connection(shared_database):
+    """An autocommit connection to `shared_database`."""
     with psycopg.connect(shared_database, autocommit=True) as connection:
-        yield lambda: [vote for (vote,) in connection.execute("DELETE FROM votes RETURNING vote")]
+        yield connection
+
+
+@pytest.fixture
+def rows(shared_connection):
+    """An autocommit connection to `shared_database`, which has no votes when the test begins."""
+    shared_connection.execute("TRUNCATE votes")
+    return shared_connection
+
+
+@pytest.fixture(scope="module")
+def collect(shared_connection):
+    """A function that returns the votes stored since its last call, and removes them."""
+    return lambda: [vote for (vote,) in shared_connection.execute("DELETE FROM votes RETURNING vote")]
 
 
 @pytest.fixture

@@ -1,22 +1,10 @@
 """Faults to bring about in real processes, and what to ask the database meanwhile."""
 
-import itertools
 import time
 from contextlib import contextmanager, suppress
 
 import psutil
 import psycopg
-from local.postgres import apply_schema
-
-numbers = itertools.count()
-
-
-def new_database(server):
-    """Make a database with the schema; return its URL."""
-    name = f"catvote_{next(numbers)}"
-    sql(server.url(), f"CREATE DATABASE {name}")
-    apply_schema(server.url(name))
-    return server.url(name)
 
 
 def sql(url, statement, *parameters):

@@ -17,6 +17,7 @@ from urllib.parse import quote, urlsplit
 import psutil
 import psycopg
 import pytest
+from altered import AlteredService
 from client import get, vote
 from conftest import missing, new_database
 from local.postgres import ROOT
@@ -25,9 +26,17 @@ from psycopg import sql
 
 from catvote import initdb
 
+
+@pytest.fixture
+def service(database):
+    """The service on a database whose schema one test may change; two workers are of no use to it."""
+    with Service(database, WEB_CONCURRENCY="1") as service:
+        yield service
+
+
 # What a session is told before it is ours
 
-# A line more is a test more: of these in each of WAYS, ...
+# A line more is a test more: of these for the database, the role, the environment and the URL, ...
 COMMON_SETTINGS = [
     "client_encoding=SQL_ASCII",
     "client_encoding=LATIN1",
@@ -63,44 +72,41 @@ MORE_SETTINGS = [
 ]
 
 
-@contextmanager
-def of_the_database(connection, url, name, value):
-    """The database has the setting; yields DATABASE_URL, and the service's environment."""
-    change = sql.SQL("ALTER DATABASE {} SET {} = {}")
-    database = sql.Identifier(connection.info.dbname)
-    connection.execute(change.format(database, sql.Identifier(*name.split(".")), value))
-    yield url, {}
+# As statements that set and reset it ...
+OWNERS = {"of the database": "ALTER DATABASE {database}", "of the role": "ALTER ROLE {role}"}
 
 
 @contextmanager
-def of_the_role(connection, url, name, value):
-    """The role has the setting."""
-    role = sql.Identifier(connection.info.user)
-    connection.execute(sql.SQL("ALTER ROLE {} SET {} = {}").format(role, sql.Identifier(*name.split(".")), value))
+def setting_of(owner, connection, name, value):
+    """The database or the role of a connection has the setting for a while, and the service new sessions with it."""
+    info = connection.info
+    names = {"database": sql.Identifier(info.dbname), "role": sql.Identifier(info.user)}
+    alter = sql.SQL(OWNERS[owner]).format(**names)
+    connection.execute(sql.SQL("{} SET {} = {}").format(alter, sql.Identifier(*name.split(".")), value))
+    end_sessions(connection)
     try:
-        yield url, {}
+        yield
     finally:
-        connection.execute(sql.SQL("ALTER ROLE {} RESET ALL").format(role))
+        connection.execute(sql.SQL("{} RESET ALL").format(alter))
+        end_sessions(connection)
 
 
-@contextmanager
-def of_the_environment(connection, url, name, value):
-    """libpq's variable PGOPTIONS has the setting."""
-    yield url, {"PGOPTIONS": option(name, value)}
+def end_sessions(connection):
+    """End the service's sessions in that database, so that it has to begin new ones."""
+    ended = connection.execute(
+        """
+        SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity
+        WHERE datname = current_database() AND application_name = 'catvote'
+        """
+    )
+    assert all(done for (done,) in ended)
 
 
-@contextmanager
-def of_the_url(connection, url, name, value):
-    """DATABASE_URL has the setting."""
-    yield f"{url}?options={quote(option(name, value))}", {}
-
-
-def option(name, value):
-    """Return a setting as an argument of the server process; backslashes keep its spaces."""
-    return f"-c {name}={value}".replace(", ", r",\ ")
-
-
-WAYS = [of_the_database, of_the_role, of_the_environment, of_the_url]
+# ... and as what the service is started with: DATABASE_URL, and its environment.
+STARTS = {
+    "of the environment": lambda url, option: (url, {"PGOPTIONS": option}),
+    "of the URL": lambda url, option: (f"{url}?options={quote(option)}", {}),
+}
 # Variables of libpq, and parameters of the URL, that have names of their own.
 VARIABLES = [
     "PGCLIENTENCODING=SQL_ASCII",
@@ -127,22 +133,29 @@ ENCODINGS = ["SQL_ASCII", "LATIN1", "LATIN9", "WIN1252", "EUC_JP", "UTF8"]
 
 
 @pytest.mark.parametrize(
-    ("way", "setting"), [*product(WAYS, COMMON_SETTINGS), *product([of_the_database], MORE_SETTINGS)]
+    ("owner", "setting"), [*product(OWNERS, COMMON_SETTINGS), *product(["of the database"], MORE_SETTINGS)]
 )
-def test_no_setting_changes_what_the_service_does(database, connection, way, setting):
+def test_no_setting_of_database_or_role_changes_what_the_service_does(prompt_service, rows, owner, setting):
     name, _, value = setting.partition("=")
-    with way(connection, database, name, value) as (url, environment):
-        check(connection, url, environment)
+    with setting_of(owner, rows, name, value):
+        check(prompt_service, rows)
+
+
+@pytest.mark.parametrize(("start", "setting"), [*product(STARTS, COMMON_SETTINGS)])
+def test_no_setting_it_is_started_with_changes_what_the_service_does(shared_database, rows, start, setting):
+    backslashed = setting.replace(", ", r",\ ")  # which keeps its spaces
+    url, environment = STARTS[start](shared_database, f"-c {backslashed}")
+    check_start(rows, url, **environment)
 
 
 @pytest.mark.parametrize("variable", VARIABLES)
-def test_no_variable_of_libpq_changes_what_the_service_does(database, connection, variable):
-    check(connection, database, dict([variable.split("=")]))
+def test_no_variable_of_libpq_changes_what_the_service_does(shared_database, rows, variable):
+    check_start(rows, shared_database, **dict([variable.split("=")]))
 
 
 @pytest.mark.parametrize("parameter", PARAMETERS)
-def test_no_parameter_of_the_url_changes_what_the_service_does(database, connection, parameter):
-    check(connection, f"{database}?{parameter}", {})
+def test_no_parameter_of_the_url_changes_what_the_service_does(shared_database, rows, parameter):
+    check_start(rows, f"{shared_database}?{parameter}")
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -150,25 +163,33 @@ def test_a_database_may_have_any_encoding(server, encoding):
     with new_database(server, f"template0 ENCODING '{encoding}'") as url:
         initdb(url)
         with psycopg.connect(url, autocommit=True, client_encoding="UTF8") as connection:
-            check(connection, url, {})
+            check_start(connection, url)
 
 
 @pytest.mark.parametrize("blank", ["\n", "\r\n", " ", "\t"])
-def test_database_url_may_end_in_what_secrets_often_end_in(database, connection, blank):
-    check(connection, f"{blank}{database}{blank}", {})
+def test_database_url_may_end_in_what_secrets_often_end_in(shared_database, rows, blank):
+    check_start(rows, f"{blank}{shared_database}{blank}")
 
 
-def test_a_server_may_end_idle_sessions(database, connection):
-    with of_the_database(connection, database, "idle_session_timeout", "400ms"), Service(database) as service:
+def test_a_server_may_end_idle_sessions(prompt_service, rows):
+    with setting_of("of the database", rows, "idle_session_timeout", "400ms"):
+        before = len(prompt_service.log)
         for number in range(1, 4):
             time.sleep(0.6)
-            assert vote(service).status == 303
-            assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": number}
-        assert "database: " not in service.log
+            assert vote(prompt_service).status == 303
+            assert get(prompt_service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": number}
+        assert "database: " not in prompt_service.log[before:]
 
 
-def check(connection, url, environment):
+def check_start(connection, url, **environment):
+    """Start the service with this DATABASE_URL and environment, and check it."""
+    with Service(url, WEB_CONCURRENCY="1", **environment) as service:
+        check(service, connection)
+
+
+def check(service, connection):
     """Cast votes at known hours, and one over HTTP; see that the service answers as ever and shows them all."""
+    before = len(service.log)
     this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
     today = this_hour.replace(hour=0)
     # Half-way into an hour of UTC is where hours begin in Kolkata; around midnight another zone has another day.
@@ -178,18 +199,20 @@ def check(connection, url, environment):
         connection.execute("INSERT INTO public.votes (date_created, vote) VALUES (%s, 'Gummi')", [moment])
     shown = Counter(f"{moment:{HOUR}}" for moment in hours) + Counter(f"{moment:{DAY}}" for moment in hours + days)
 
-    with Service(url, WEB_CONCURRENCY="1", **environment) as service:
-        page = get(service, "/")
-        assert (page.status, page.votes) == (200, {"Gummi": 4, "Pita": 0})
-        assert history(service) == {"Gummi": shown, "Pita": {}}
-        assert vote(service).status == 303
-        assert get(service, "/?voted=Pita").votes == {"Gummi": 4, "Pita": 1}
-        assert get(service, "/tally.json").text == '{"Gummi": 4, "Pita": 1}'
-        assert get(service, "/healthz").status == 200
-        assert "Traceback" not in service.log
-        assert "database: " not in service.log  # nothing failed that was then mended
+    page = get(service, "/")
+    assert (page.status, page.votes) == (200, {"Gummi": 4, "Pita": 0})
+    assert history(service) == {"Gummi": shown, "Pita": {}}
+    assert vote(service).status == 303
+    assert get(service, "/?voted=Pita").votes == {"Gummi": 4, "Pita": 1}
+    assert get(service, "/tally.json").text == '{"Gummi": 4, "Pita": 1}'
+    assert get(service, "/healthz").status == 200
+    logged = service.log[before:]
+    assert "Traceback" not in logged
+    assert "database: " not in logged  # nothing failed that was then mended
     age = "SELECT extract(epoch FROM now() - date_created) FROM public.votes WHERE vote = 'Pita'"
     assert connection.execute(age).fetchone()[0] < 60
+    into_hour = "SELECT extract(epoch FROM hour)::bigint % 3600 FROM public.votes_by_hour WHERE vote = 'Pita'"
+    assert connection.execute(into_hour).fetchall() == [(0,)]
 
 
 HOUR, DAY = "%d %b, %H:00", "%d %b"  # as /history names them
@@ -213,31 +236,31 @@ FAR_AWAY = ["infinity", "-infinity", "12000-01-01", "290000-12-31", "0044-03-15 
 
 
 @pytest.mark.parametrize("moment", FAR_AWAY)
-def test_a_vote_of_another_age_counts_and_leaves_the_history_alone(service, connection, moment):
-    connection.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita'), (now(), 'Gummi')", [moment])
-    assert get(service, "/").votes == {"Gummi": 1, "Pita": 1}
-    votes = history(service)
+def test_a_vote_of_another_age_counts_and_leaves_the_history_alone(prompt_service, rows, moment):
+    rows.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita'), (now(), 'Gummi')", [moment])
+    assert get(prompt_service, "/").votes == {"Gummi": 1, "Pita": 1}
+    votes = history(prompt_service)
     assert sum(votes["Gummi"].values()) == 2  # in its hour and its day
     assert votes["Pita"] == {}
-    assert vote(service).status == 303
-    assert get(service, "/?voted=Pita").votes == {"Gummi": 1, "Pita": 2}
+    assert vote(prompt_service).status == 303
+    assert get(prompt_service, "/?voted=Pita").votes == {"Gummi": 1, "Pita": 2}
 
 
-def test_the_history_begins_with_an_hour_and_a_day_that_are_whole(service, connection):
+def test_the_history_begins_with_an_hour_and_a_day_that_are_whole(prompt_service, rows):
     this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
     first_hour, first_day = this_hour - timedelta(hours=47), this_hour.replace(hour=0) - timedelta(days=29)
     moments = [first for begin in (first_hour, first_day) for first in (begin, begin - timedelta(seconds=1))]
     for moment in moments:
-        connection.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita')", [moment])
+        rows.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita')", [moment])
     shown = Counter([f"{first_hour:{HOUR}}", *(f"{moment:{DAY}}" for moment in moments if moment >= first_day)])
-    assert history(service)["Pita"] == shown
+    assert history(prompt_service)["Pita"] == shown
 
 
 @pytest.mark.parametrize("ahead", ["1 hour", "1 day", "29 days", "1 year"])
-def test_a_vote_of_the_future_counts_and_is_in_no_period_yet(service, connection, ahead):
-    connection.execute("INSERT INTO votes (date_created, vote) VALUES (now() + %s::interval, 'Pita')", [ahead])
-    assert get(service, "/").votes == {"Gummi": 0, "Pita": 1}
-    assert history(service) == {"Gummi": {}, "Pita": {}}
+def test_a_vote_of_the_future_counts_and_is_in_no_period_yet(prompt_service, rows, ahead):
+    rows.execute("INSERT INTO votes (date_created, vote) VALUES (now() + %s::interval, 'Pita')", [ahead])
+    assert get(prompt_service, "/").votes == {"Gummi": 0, "Pita": 1}
+    assert history(prompt_service) == {"Gummi": {}, "Pita": {}}
 
 
 def test_a_cat_that_only_the_database_knows_takes_no_page_away(service, connection):
@@ -282,7 +305,7 @@ def test_what_the_driver_cannot_read_is_an_honest_503(server, rows):
         initdb(url)
         with psycopg.connect(url, autocommit=True, client_encoding="UTF8") as connection:
             connection.execute(f"DROP VIEW vote_totals; CREATE VIEW vote_totals (vote, votes) AS {rows}")
-        with Service(url) as service:
+        with Service(url, WEB_CONCURRENCY="1") as service:
             for target in ("/", "/?voted=Pita", "/tally.json"):
                 assert get(service, target).status == 503
             assert vote(service).status == 303
@@ -293,7 +316,7 @@ def test_what_the_driver_cannot_read_is_an_honest_503(server, rows):
 
 
 def test_without_a_schema_everybody_is_told_the_truth(empty_database):
-    with Service(empty_database) as service:
+    with Service(empty_database, WEB_CONCURRENCY="1") as service:
         check_that_the_schema_is_missed(service, "/", "/history")
         refused = vote(service)
         assert refused.status == 503
@@ -339,7 +362,7 @@ def test_a_database_of_the_first_version_serves_and_is_brought_forward_without_a
     with psycopg.connect(empty_database, autocommit=True) as connection:
         connection.execute((ROOT / "tests/first_schema.sql").read_text())
         connection.execute("INSERT INTO votes (vote) VALUES ('Gummi'), ('Pita'), ('Pita')")
-    with Service(empty_database) as service:
+    with Service(empty_database, WEB_CONCURRENCY="1") as service:
         assert get(service, "/").votes == {"Gummi": 1, "Pita": 2}
         assert vote(service).status == 303
         initdb(empty_database)
@@ -388,19 +411,29 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize(("sqlstate", "verdict"), VERDICTS.items())
-def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(service, connection, sqlstate, verdict):
+def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(prompt_service, rows, sqlstate, verdict):
+    with errors_at_votes(rows, sqlstate):
+        before = len(prompt_service.log)
+        answer = vote(prompt_service)
+        assert answer.status == 503
+        assert f"your vote {verdict}" in answer.text
+        assert "oven" not in answer.text
+        assert "the oven is broken" in prompt_service.log[before:]
+    assert vote(prompt_service).status == 303
+
+
+@contextmanager
+def errors_at_votes(connection, sqlstate):
+    """Each vote meets with an error of this code, for a while."""
     connection.execute(f"""
         CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql
         AS $$ BEGIN RAISE EXCEPTION 'the oven is broken' USING ERRCODE = '{sqlstate}'; END $$;
         CREATE TRIGGER fail BEFORE INSERT ON votes FOR EACH ROW EXECUTE FUNCTION fail();
     """)
-    answer = vote(service)
-    assert answer.status == 503
-    assert f"your vote {verdict}" in answer.text
-    assert "oven" not in answer.text
-    assert "the oven is broken" in service.log
-    connection.execute("DROP TRIGGER fail ON votes")
-    assert vote(service).status == 303
+    try:
+        yield
+    finally:
+        connection.execute("DROP FUNCTION fail CASCADE")
 
 
 # Networks that forget
@@ -456,13 +489,21 @@ class ForgetfulNetwork:
                 pass
 
 
+# Connections are trusted for a quarter of the time, on networks that remember them for as much less.
+IMPATIENT = """
+catvote.UNUSED_TOO_LONG /= 4
+for pool in catvote.vote_pool, catvote.page_pool:
+    pool.max_idle /= 4
+"""
+
+
 def test_a_quiet_spell_in_which_the_network_forgets_costs_nobody_anything(database):
-    with ForgetfulNetwork(database, seconds=8) as network, Service(network.url, WEB_CONCURRENCY="1") as service:
+    with ForgetfulNetwork(database, seconds=2) as network, AlteredService(network.url, IMPATIENT) as service:
         with ThreadPoolExecutor(8) as pool:
             assert {answer.status for answer in pool.map(lambda _: vote(service), range(32))} == {303}
         assert get(service, "/healthz").status == get(service, "/").status == 200
         for number in range(1, 3):
-            time.sleep(12)
+            time.sleep(3)
             assert network.forgotten
             start = time.monotonic()
             first = vote(service)

@@ -13,9 +13,10 @@ from statistics import median
 import psutil
 import psycopg
 import pytest
-from faults import backends, frozen, kill, new_database, recovery, sql, wait_until, workers
+from conftest import new_database
+from faults import backends, frozen, kill, recovery, sql, wait_until, workers
 from load import Load
-from local.postgres import ROOT, LocalPostgres
+from local.postgres import ROOT, LocalPostgres, apply_schema
 from local.service import Service
 
 
@@ -30,7 +31,9 @@ def server():
 def database(server):
     """URL of a database with the schema and no votes, for one test."""
     server.start()
-    return new_database(server)
+    with new_database(server) as url:
+        apply_schema(url)
+        yield url
 
 
 # The server

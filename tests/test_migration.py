@@ -51,11 +51,12 @@ def test_eight_sessions_at_once_may_apply_the_schema_to_an_empty_database(empty_
 
 @on_every_major
 def test_applying_the_schema_while_votes_come_in_loses_none(connection, database):
-    done = Event()
+    voting, done = Event(), Event()
 
     def work(session, number):
         if number == 0:
             try:
+                assert voting.wait(10)
                 for _ in range(10):
                     session.execute(SCHEMA)
             finally:
@@ -64,11 +65,11 @@ def test_applying_the_schema_while_votes_come_in_loses_none(connection, database
         cast = 0
         while not done.is_set():
             vote(session, "Pita")
+            voting.set()
             cast += 1
         return cast
 
     cast = sum(at_once(4, database, work))
-    assert cast > 0
     assert totals(connection) == {"Gummi": 0, "Pita": cast}
     assert inexact(connection) == []
 
@@ -169,7 +170,7 @@ def schema_of(server, url):
 
 @on_every_major
 def test_a_database_of_the_first_version_becomes_as_a_new_one(server, first_version):
-    with new_database(server, "template0") as new:
+    with new_database(server) as new:
         apply_schema(new)
         apply_schema(first_version)
         assert schema_of(server, first_version) == schema_of(server, new)
@@ -190,13 +191,14 @@ def test_old_votes_stay_as_they_are_and_get_their_hours(first_version, connect):
 
 @on_every_major
 def test_old_and_new_code_vote_and_read_while_the_first_version_is_brought_forward(first_version, connect):
-    done = Event()
+    voting, done = Event(), Event()
     before = 6
 
     def work(session, number):
         cast = 0
         if number == 0:
             try:
+                assert voting.wait(10)
                 for _ in range(3):
                     session.execute(SCHEMA)
             finally:
@@ -204,6 +206,7 @@ def test_old_and_new_code_vote_and_read_while_the_first_version_is_brought_forwa
         elif number < 3:
             while not done.is_set():
                 vote(session, "Pita", "Gummi")
+                voting.set()
                 cast += 2
         else:
             seen = before
@@ -216,7 +219,6 @@ def test_old_and_new_code_vote_and_read_while_the_first_version_is_brought_forwa
 
     cast = sum(at_once(4, first_version, work))
     connection = connect(first_version)
-    assert cast > 0
     assert sum(totals(connection).values()) == before + cast
     assert inexact(connection) == []
 
@@ -345,7 +347,7 @@ def test_a_new_database_counts_its_votes_from_one(connection, database):
 def test_a_restored_database_is_exact_and_goes_on_counting(connection, database, server, connect, options):
     vote(connection, "Pita", "Gummi", "Pita")
     dump = run(server.bindir / "pg_dump", *options, database)
-    with new_database(server, "template0") as copy:
+    with new_database(server) as copy:
         feed(server, copy, dump)
         restored = connect(copy)
         assert totals(restored) == {"Gummi": 1, "Pita": 2}
@@ -362,7 +364,7 @@ def test_a_restored_database_is_exact_and_goes_on_counting(connection, database,
 def test_restored_data_are_exact_after_a_recount(connection, database, server, connect, option):
     vote(connection, "Pita", "Gummi", "Pita")
     dump = run(server.bindir / "pg_dump", "--data-only", option, database)
-    with new_database(server, "template0") as copy:
+    with new_database(server) as copy:
         apply_schema(copy)
         feed(server, copy, dump)
         restored = connect(copy)

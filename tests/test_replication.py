@@ -3,22 +3,22 @@
 import time
 
 import pytest
-from conftest import new_database
-from local.postgres import LocalPostgres, apply_schema
+from conftest import new_database, swift_server
+from local.postgres import apply_schema
 from sessions import hours, inexact, on_every_major, totals, vote
 
 
 @pytest.fixture(scope="module")
 def publishing_server(server):
     """A server of the same version as `server` that other servers can follow."""
-    with LocalPostgres(bindir=server.bindir, options={"wal_level": "logical"}) as publishing_server:
+    with swift_server(bindir=server.bindir, options={"wal_level": "logical"}) as publishing_server:
         yield publishing_server
 
 
 @pytest.fixture
 def publisher(publishing_server, connect):
     """A Session on a database with votes, cast before anybody follows it."""
-    with new_database(publishing_server, "template0") as url:
+    with new_database(publishing_server) as url:
         apply_schema(url)
         publisher = connect(url)
         vote(publisher, "Pita", "Gummi")
@@ -30,6 +30,10 @@ def publisher(publishing_server, connect):
 @pytest.fixture
 def follow(connection, publisher, publishing_server):
     """A function that makes `connection`'s database follow the publisher's in these tables."""
+
+    # On PostgreSQL 14 and 15, a subscription waits that long for its first worker, by default 5 s.
+    connection.execute("ALTER SYSTEM SET wal_retrieve_retry_interval = '100ms'")
+    connection.execute("SELECT pg_reload_conf()")
 
     def follow(tables):
         publisher.execute(f"CREATE PUBLICATION all_votes FOR {tables}")

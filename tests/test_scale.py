@@ -21,10 +21,10 @@ import psutil
 import psycopg
 import pytest
 from client import Answer
-from conftest import missing
-from faults import backends, freeze, frozen, kill, new_database, recovery, sql, wait_until, workers
+from conftest import missing, new_database
+from faults import backends, freeze, frozen, kill, recovery, sql, wait_until, workers
 from load import Load
-from local.postgres import ROOT, LocalPostgres, spawn
+from local.postgres import ROOT, LocalPostgres, apply_schema, spawn
 from local.service import Service, free_port
 from scale.nginx import Nginx, find_program
 
@@ -611,9 +611,10 @@ def standby(primary):
 @pytest.fixture
 def both(primary, standby):
     """URL of a database on whichever of the two takes votes."""
-    url = new_database(primary)
     addresses = [f"127.0.0.1:{server.settings['port']}" for server in (primary, standby)]
-    return url.replace(addresses[0], ",".join(addresses)) + "?target_session_attrs=read-write"
+    with new_database(primary) as url:
+        apply_schema(url)
+        yield url.replace(addresses[0], ",".join(addresses)) + "?target_session_attrs=read-write"
 
 
 def test_a_promoted_standby_has_every_acknowledged_vote(primary, standby, both, verify):
