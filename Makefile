@@ -63,10 +63,10 @@ run dev: packages
 
 check: test-packages ## Find out in half a minute whether a change is sound: code style, schema, HTTP
 	@.venv/bin/ruff check && .venv/bin/ruff format --check
-	@exec .venv/bin/python -m pytest -n 2 --dist worksteal tests/test_schema.py tests/test_http.py
+	@exec .venv/bin/python -m pytest -n 4 --dist worksteal tests/test_schema.py tests/test_http.py
 
 test: test-packages ## Run all tests
-	@exec .venv/bin/python -m pytest -n 2 --dist loadfile tests
+	@exec .venv/bin/python -m pytest -n 4 --dist worksteal tests
 
 initdb: $(NEEDED) ## Apply schema.sql to the database, again and again if you like
 	@$(INITDB)

@@ -604,22 +604,21 @@ def test_visitors_and_operator_hear_of_a_reading_that_failed_by_surprise(applica
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_a_tally_that_took_long_to_read_is_marked_and_no_reason_to_call_the_service_ill(application, connection):
+def test_a_tally_that_took_long_to_read_is_marked_and_no_reason_to_call_the_service_ill(application):
     catvote = sys.modules["catvote"]
-    connection.execute("ALTER VIEW vote_totals RENAME TO quick_totals")
-    connection.execute("CREATE VIEW vote_totals AS SELECT * FROM quick_totals WHERE pg_sleep(0.5) IS NOT NULL")
+    catvote.tally_reader.statement += " WHERE pg_sleep(0.5) IS NOT NULL"
     catvote.tally_reader.patience = 5
     assert catvote.tally_reader.latest().outdated
     assert not catvote.history_reader.latest().outdated
     assert catvote.healthz().status_code == 200
 
 
-def test_who_comes_late_to_a_slow_reading_does_not_wait_for_it_but_for_the_next(application, connection):
+def test_who_comes_late_to_a_slow_reading_does_not_wait_for_it_but_for_the_next(application, shared_connection):
     catvote = sys.modules["catvote"]
-    connection.execute("CREATE TABLE pause AS SELECT 0 AS seconds")
-    reader = catvote.Reader("SELECT pg_sleep(seconds) FROM pause", patience=5, refreshed_after=0.1, fresh=0.1)
+    shared_connection.execute("CREATE TABLE public.pause AS SELECT 0 AS seconds")
+    reader = catvote.Reader("SELECT pg_sleep(seconds) FROM public.pause", patience=5, refreshed_after=0.1, fresh=0.1)
     reader.latest()
-    connection.execute("UPDATE pause SET seconds = 2")
+    shared_connection.execute("UPDATE pause SET seconds = 2")
     time.sleep(0.2)
     waits = []
     for _ in range(3):
@@ -628,7 +627,7 @@ def test_who_comes_late_to_a_slow_reading_does_not_wait_for_it_but_for_the_next(
         waits.append(time.monotonic() - asked_at)
     assert waits[0] == pytest.approx(catvote.PAGE_WAIT, abs=0.2)
     assert max(waits[1:]) < 0.2
-    connection.execute("UPDATE pause SET seconds = 0")
+    shared_connection.execute("UPDATE pause SET seconds = 0")
     wait_until(lambda: not reader.latest().outdated)
 
 
