@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
-from checkout import copy_of_project
+from checkout import Running, copy_of_project
 from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema
 from local.programs import programs_of
@@ -162,10 +162,24 @@ def project():
 
 
 @pytest.fixture(scope="module")
+def shared_project():
+    """A copy of the project, for all tests of a module that do not change it."""
+    with copy_of_project() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
 def used_project():
     """A copy of the project whose local database is there already after the first test."""
     with copy_of_project() as folder:
         yield folder
+
+
+@pytest.fixture(scope="module")
+def running():
+    """`make run` in a copy of the project, with a local database, for all tests of a module: a Running."""
+    with copy_of_project() as folder, Running(folder) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")
