@@ -47,7 +47,9 @@ def lend_packages(folder: Path) -> None:
 
 def environment(folder: Path, **settings: str) -> dict[str, str]:
     """Return the variables for a process in that folder: these settings, none of ours."""
-    return {"PATH": os.environ["PATH"], "FOLDER": str(folder), **settings}
+    # Our own Python comes first: a version manager's `python3` takes longer to find it than many a verb takes.
+    path = f"{Path(sys.base_prefix, 'bin')}:{os.environ['PATH']}"
+    return {"PATH": path, "FOLDER": str(folder), **settings}
 
 
 def make(folder: Path, *arguments: str, answer: str = "", **settings: str) -> subprocess.CompletedProcess:
@@ -58,7 +60,10 @@ def make(folder: Path, *arguments: str, answer: str = "", **settings: str) -> su
 
 
 class Running:
-    """A command that serves, from when it says that it is ready; a context manager that ends it with SIGTERM."""
+    """A command that serves, from when it says that it is ready; a context manager that ends it with SIGTERM.
+
+    One worker does, unless the settings say otherwise.
+    """
 
     def __init__(self, folder: Path, command=("make", "run"), ready="Open http", **settings: str):
         self.folder = folder
@@ -66,7 +71,7 @@ class Running:
         self.ready = ready
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = {"PORT": str(self.port), **settings}
+        self.settings = {"PORT": str(self.port), "WEB_CONCURRENCY": "1", **settings}
         self.log = tempfile.NamedTemporaryFile()
 
     def __enter__(self):

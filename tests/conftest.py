@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import psycopg
 import pytest
 from altered import READ_FOR_EACH_PAGE, AlteredService
-from checkout import copy_of_project
+from checkout import Running, copy_of_project
 from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema, server_account
 from local.programs import programs_of
@@ -198,10 +198,24 @@ def project():
 
 
 @pytest.fixture(scope="module")
+def shared_project():
+    """A copy of the project, for all tests of a module that do not change it."""
+    with copy_of_project() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
 def used_project():
     """A copy of the project whose local database is there already after the first test."""
     with copy_of_project() as folder:
         yield folder
+
+
+@pytest.fixture(scope="module")
+def running():
+    """`make run` in a copy of the project, with a local database, for all tests of a module: a Running."""
+    with copy_of_project() as folder, Running(folder) as service:
+        yield service
 
 
 @pytest.fixture(scope="session")

