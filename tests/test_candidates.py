@@ -22,6 +22,7 @@ TWO = {
     "O'Hara": Candidate('O\'Hara "<b>the bold</b>"', "photo.png", "A photograph, 100% {{real}}."),
 }
 THREE = {**TWO, 'a b&c=d%41+"/]#': Candidate("% end", "turtle.svg", "</button><script>alert(1)</script>")}
+PAGES = ["/", "/history", "/no-such-page"]
 TEXTS = {"TITLE": "Who <i>wins</i>?", "QUESTION": "Which one: 'this' or \"that\"?", "SUMMARY": "Vote & see."}
 
 
@@ -71,7 +72,7 @@ class Election:
         self.candidates = candidates
         self.folder = with_candidates(folder, candidates)
         self.url = url
-        self.service = Service(url)
+        self.service = Service(url, WEB_CONCURRENCY="1")
         self.service.folder = folder
 
 
@@ -85,15 +86,22 @@ def election(request, server, tmp_path_factory):
             yield election
 
 
-@pytest.fixture
-def page(browser, election):
-    """The page of the election, as a new visitor sees it."""
+@pytest.fixture(scope="module")
+def tab(browser, election):
+    """A browser's tab for all tests of an election: a new one costs more than most tests."""
     context = browser.new_context(base_url=election.service.url, reduced_motion="reduce")
-    context.set_default_timeout(10_000)
-    page = context.new_page()
-    page.goto("/")
-    yield page
+    context.set_default_timeout(30_000)
+    yield context.new_page()
     context.close()
+
+
+@pytest.fixture
+def page(tab):
+    """The page of the election."""
+    tab.set_viewport_size({"width": 1280, "height": 720})
+    tab.emulate_media(color_scheme="light", forced_colors="none")
+    tab.goto("/")
+    return tab
 
 
 @pytest.fixture
@@ -183,17 +191,18 @@ def test_no_vote_for_the_cats_of_before_counts(election, page, votes):
         votes.execute("INSERT INTO votes (vote) VALUES ('Pita')")
 
 
-@pytest.mark.parametrize("path", ["/", "/history", "/no-such-page"])
-def test_every_page_is_valid_and_for_everybody(election, page, votes, tmp_path, path):
+def test_every_page_is_valid_and_for_everybody(election, page, votes, tmp_path):
     for cat in election.candidates:
         votes.execute("INSERT INTO votes (vote) VALUES (%s)", [cat])
-    answer = page.goto(path)
-    (tmp_path / "page.html").write_bytes(answer.body())
-    assert_valid(tmp_path / "page.html")
-    assert_accessible(page)
-    assert all(page.locator("img").evaluate_all("pictures => pictures.map(picture => picture.naturalWidth)"))
+    for number, path in enumerate(PAGES):
+        answer = page.goto(path)
+        (tmp_path / f"{number}.html").write_bytes(answer.body())
+        assert_accessible(page)
+        assert all(page.locator("img").evaluate_all("pictures => pictures.map(picture => picture.naturalWidth)"))
+    assert_valid(*tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("election", [THREE], ids=["three"], indirect=True)
 def test_the_card_for_chats_is_drawn_from_their_pictures(election):
     before = (election.folder / "static/card.png").read_bytes()
     run(election.folder, "tests/card.py")

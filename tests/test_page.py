@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 import psycopg
 import pytest
+from conftest import new_database
+from faults import wait_until
 from judges import assert_accessible, assert_valid
 from local.postgres import ROOT
 from local.service import Service
@@ -41,32 +43,68 @@ def stored(connection, cat):
     return connection.execute("SELECT count(*) FROM votes WHERE vote = %s", [cat]).fetchone()[0]
 
 
-@pytest.fixture
-def visit(browser, shared_service, votes):
-    """Function that opens a page of the service as a new visitor, whose browser has the options given.
-
-    On a page with a clock, time passes as the test says.
-    """
+@pytest.fixture(scope="module")
+def open_tab(browser, shared_service, votes):
+    """A function that opens a blank tab in a browser window of its own, which has the options given."""
     contexts = []
 
-    def visit(path="/", url=shared_service.url, clock=False, **options):
-        contexts.append(browser.new_context(base_url=url, **options))
-        contexts[-1].set_default_timeout(10_000)
-        page = contexts[-1].new_page()
-        if clock:
-            page.clock.install()
-        page.goto(path)
-        return page
+    def open_tab(**options):
+        contexts.append(browser.new_context(base_url=shared_service.url, **options))
+        contexts[-1].set_default_timeout(30_000)
+        return contexts[-1].new_page()
 
-    yield visit
+    yield open_tab
     for context in contexts:
         context.close()
 
 
 @pytest.fixture(scope="module")
+def tabs(open_tab):
+    """Two tabs for all tests, without and with a clock: a new one costs more than most tests."""
+    plain, with_clock = open_tab(), open_tab()
+    with_clock.clock.install(time=0)
+    with_clock.clock.pause_at(1000)
+    return plain, with_clock
+
+
+@pytest.fixture
+def visit(tabs, shared_service):
+    """A function that opens a page of the service in a tab that tests share.
+
+    With a clock, time stands still until the test lets it pass. Routes end with the test; what a test adds
+    to each page that comes later belongs in a tab of its own.
+    """
+
+    def visit(path="/", url=shared_service.url, clock=False, width=1280, reduced_motion="no-preference"):
+        page = tabs[clock]
+        page.set_viewport_size({"width": width, "height": 720})
+        page.emulate_media(color_scheme="light", forced_colors="none", reduced_motion=reduced_motion)
+        page.goto(url + path)
+        return page
+
+    yield visit
+    for tab in tabs:
+        tab.unroute_all()
+
+
+@pytest.fixture(scope="module")
 def closed_service(server):
     """The service on a database that there is not."""
-    with Service(server.url("no_such_database")) as service:
+    with Service(server.url("no_such_database"), WEB_CONCURRENCY="1") as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def other_database(server, template):
+    """URL of a database without votes, which may be away for a while."""
+    with new_database(server, template) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def other_service(other_database):
+    """The service on `other_database`."""
+    with Service(other_database, WEB_CONCURRENCY="1") as service:
         yield service
 
 
@@ -134,9 +172,10 @@ def test_a_vote_needs_no_more_than_a_keyboard(visit, votes, key):
     assert stored(votes, "Pita") == before + 1
 
 
-def test_a_vote_needs_no_javascript(visit, votes):
+def test_a_vote_needs_no_javascript(open_tab, votes):
     before = stored(votes, "Pita")
-    page = visit(java_script_enabled=False)
+    page = open_tab(java_script_enabled=False)
+    page.goto("/")
     button(page, "Pita").click()
     expect(thanks(page)).to_contain_text("Pita")
     expect(count(page, "Pita")).to_have_text(f"{before + 1:,}")
@@ -222,9 +261,9 @@ def test_the_back_button_is_no_vote_and_leads_to_a_page_that_works(visit, votes)
     assert stored(votes, "Pita") == before + 1
 
 
-def test_a_browser_without_aria_reflection_votes_again_after_the_back_button(visit, votes):
+def test_a_browser_without_aria_reflection_votes_again_after_the_back_button(open_tab, votes):
     before = stored(votes, "Pita")
-    page = visit("about:blank")
+    page = open_tab()
     page.add_init_script("delete Element.prototype.ariaBusy")  # as Firefox before 119
     page.goto("/")
     page.route("**/add", lambda route: route.abort("aborted"))
@@ -270,8 +309,8 @@ def test_a_hidden_tab_asks_for_nothing_until_it_is_looked_at(visit):
     next_answer(page)
 
 
-def test_the_page_says_when_the_service_is_away_asks_less_often_and_resumes(visit, database):
-    with Service(database) as service:
+def test_the_page_says_when_the_service_is_away_asks_less_often_and_resumes(visit, shared_database):
+    with Service(shared_database, WEB_CONCURRENCY="1") as service:
         page = visit(url=service.url, clock=True)
     notice = page.get_by_text("last known votes")
     expect(notice).not_to_be_visible()
@@ -282,25 +321,20 @@ def test_the_page_says_when_the_service_is_away_asks_less_often_and_resumes(visi
         page.wait_for_timeout(20)
     expect(notice).to_be_visible()
     assert 3 <= len(failures) <= 6
-    with Service(database, PORT=str(service.port)):
+    with Service(shared_database, PORT=str(service.port), WEB_CONCURRENCY="1"):
         next_answer(page)
         expect(notice).not_to_be_visible()
 
 
-def test_the_page_says_when_the_database_is_away(visit, server, database):
-    with Service(database, WEB_CONCURRENCY="1") as service:
-        page = visit(url=service.url, clock=True)
-        notice = page.get_by_text("last known votes")
-        expect(notice).not_to_be_visible()
-        with away(server, database):
-            time.sleep(1)  # so long it may show what it has just read
-            next_answer(page)
-            expect(notice).to_be_visible()
-            page.reload()
-            assert notice.is_visible()
-        time.sleep(2)
-        next_answer(page)
-        expect(notice).not_to_be_visible()
+def test_the_page_says_when_the_database_is_away(visit, server, other_database, other_service):
+    page = visit(url=other_service.url, clock=True)
+    notice = page.get_by_text("last known votes")
+    expect(notice).not_to_be_visible()
+    with away(server, other_database):
+        wait_until(lambda: next_answer(page) or notice.is_visible(), 30)
+        page.reload()
+        assert notice.is_visible()
+    wait_until(lambda: next_answer(page) or notice.is_hidden(), 30)
 
 
 def test_a_cat_that_the_page_does_not_show_leaves_the_others_live(visit):
@@ -331,13 +365,14 @@ def test_server_and_script_show_the_same_and_it_makes_sense(visit, votes, gummi,
     with votes.transaction():
         votes.execute("DELETE FROM tally")
         votes.execute("INSERT INTO tally VALUES ('Gummi', 0, %s), ('Pita', 0, %s)", [gummi, pita])
-    page = visit("/?voted=Pita")
+    page = visit("/?voted=Pita", clock=True, reduced_motion="reduce")
     votes.execute("SELECT recount_votes()")
     expect(page.locator("form")).to_have_text(shown, use_inner_text=True)
     assert shares(page) == pytest.approx(parts, abs=0.01)
     assert page.get_by_text("No votes yet").is_visible() == (gummi + pita == 0)
 
-    page = visit(clock=True, reduced_motion="reduce")
+    page.goto("/?voted=Pita")  # which shows others, counted now
+    expect(page.locator("form")).not_to_have_text(shown, use_inner_text=True)
     page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": gummi, "Pita": pita}))
     next_answer(page)
     expect(page.locator("form")).to_have_text(shown, use_inner_text=True)
@@ -365,8 +400,8 @@ def test_history_shows_each_hour_of_two_days_and_each_day_of_a_month(visit):
     expect(table.get_by_role("row").nth(11).get_by_role("cell")).to_have_text(["0", "10"])
 
 
-def test_history_says_so_when_there_is_none(visit, service):
-    page = visit("/history", url=service.url)
+def test_history_says_so_when_there_is_none(visit, other_service):
+    page = visit("/history", url=other_service.url)
     expect(page.get_by_role("main")).to_contain_text("no vote in the last 30 days")
 
 
@@ -393,13 +428,12 @@ def test_an_unknown_page_leads_to_the_cats(visit):
     assert_leads_to_the_cats(page)
 
 
-def test_a_vote_while_the_database_is_away_is_said_not_to_count(visit, server, database):
-    with Service(database) as service:
-        page = visit(url=service.url)
-        with away(server, database):
-            button(page, "Pita").click()
-            expect(page.get_by_role("main")).to_contain_text("vote was not counted")
-        assert_leads_to_the_cats(page)
+def test_a_vote_while_the_database_is_away_is_said_not_to_count(visit, server, other_database, other_service):
+    page = visit(url=other_service.url)
+    with away(server, other_database):
+        button(page, "Pita").click()
+        expect(page.get_by_role("main")).to_contain_text("vote was not counted")
+    assert_leads_to_the_cats(page)
 
 
 def test_a_vote_that_could_not_be_confirmed_is_not_said_to_be_lost():
@@ -411,8 +445,8 @@ def test_a_vote_that_could_not_be_confirmed_is_not_said_to_be_lost():
 # What a page costs, and for whom it works
 
 
-def test_a_cold_load_is_six_requests_and_40_kilobytes_at_most(visit, shared_service):
-    page = visit("about:blank")
+def test_a_cold_load_is_six_requests_and_40_kilobytes_at_most(open_tab, shared_service):
+    page = open_tab()
     requests = []
     page.on("request", lambda request: requests.append(request.url))
     page.goto("/", wait_until="networkidle")
@@ -424,12 +458,13 @@ def test_a_cold_load_is_six_requests_and_40_kilobytes_at_most(visit, shared_serv
     assert head + sum(len(answer.body()) for answer in answers) <= 40_000
 
 
-def test_nothing_moves_by_itself(visit):
+def test_nothing_moves_by_itself(open_tab):
     def late(route):
         time.sleep(0.1)
         route.continue_()
 
-    page = visit("about:blank", clock=True)
+    page = open_tab()
+    page.clock.install()
     page.route("**/*.svg?*", late)
     page.add_init_script("""
         moves = [];
@@ -462,8 +497,8 @@ def test_the_bar_moves_only_for_those_who_like_motion(visit):
         assert page.evaluate("moved") == moves, motion
 
 
-def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_service):
-    page = visit("about:blank")
+def test_nothing_is_complained_about_and_nobody_else_is_asked(open_tab, shared_service):
+    page = open_tab()
     complaints = []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
@@ -484,7 +519,7 @@ def test_people_with_disabilities_can_use_every_page_in_any_size_and_colour(visi
 
 
 def test_the_largest_numbers_fit_on_the_smallest_screen(visit):
-    page = visit(viewport={"width": 320, "height": 640})
+    page = visit(width=320)
     for cat in "Gummi", "Pita":
         count(page, cat).evaluate(f"count => count.textContent = '{BILLION:,}'")
     for cat in "Gummi", "Pita":
