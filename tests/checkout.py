@@ -1,7 +1,6 @@
 """Copies of the project to try the Makefile's verbs on, for the tests of start-up and of machines."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from client import votes_on
 from local.install import identity, requirements, stamp_of
 from local.postgres import ROOT
 from local.service import free_port
@@ -110,7 +110,7 @@ class Running:
 
     def votes(self, vote: str | None = None) -> int:
         """Return the number of Pita's votes on the page."""
-        return int(re.search(r'data-votes="Pita"[^>]*>(\d+)', self.page(vote))[1])
+        return votes_on(self.page(vote))["Pita"]
 
 
 def left_behind(folder: Path, seconds: int = 5) -> list[str]:
