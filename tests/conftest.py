@@ -18,7 +18,7 @@ from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema, server_account
 from local.programs import programs_of
 from local.service import Service, free_port
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 from sessions import Session
 
 # Tests reach databases by URL alone.
@@ -227,6 +227,7 @@ def browser():
     # The rest keeps it from calling home.
     arguments = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     arguments += ["--disable-component-update", "--disable-sync"]
+    expect.set_options(timeout=30_000)  # on a busy machine, too
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=executable, args=arguments, chromium_sandbox=os.geteuid() != 0

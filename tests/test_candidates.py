@@ -159,7 +159,7 @@ def test_the_page_follows_votes_of_others(election, page, votes):
     for cat, number in cast.items():
         votes.execute("INSERT INTO votes (vote) SELECT %s FROM generate_series(1, %s)", [cat, number])
     *_, last = election.candidates
-    expect(page.locator("[data-votes]").last).to_have_text(str(cast[last]), timeout=4000)
+    expect(page.locator("[data-votes]").last).to_have_text(str(cast[last]))
     assert shown(page) == cast
     expect(page.get_by_text("In the lead").locator("visible=true")).to_have_count(1)
     width = page.locator(".bar").evaluate("bar => bar.clientWidth")
