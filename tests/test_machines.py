@@ -118,9 +118,9 @@ def test_none_of_them_reaches_the_service(used_project):
         assert service.votes(vote="Pita") > 0
 
 
-def test_libpqs_variables_complete_the_url_for_psql_as_for_the_service(shared_project, shared_database, own_server):
-    whole = {"PGPASSWORD": own_server.password, "PGAPPNAME": "from the shell"}
-    url = shared_database.replace(f":{own_server.password}", "")
+def test_libpqs_variables_complete_the_url_for_psql_as_for_the_service(shared_project, shared_database, server):
+    whole = {"PGPASSWORD": server.password, "PGAPPNAME": "from the shell"}
+    url = shared_database.replace(f":{server.password}", "")
     assert url != shared_database
     report = make(shared_project, "report", DATABASE_URL=url, **whole)
     assert "Pita" in report.stdout, report.stderr

@@ -545,7 +545,7 @@ def test_twenty_workers_share_eight_server_connections(server, database, verify)
     with pgbouncer(server, database) as (url, _):
         with Service(url, WEB_CONCURRENCY="20") as service:
             wait_until(lambda: service.log.count("Booting worker") == 20, seconds=30)
-            with Load(service, voters=100) as load:
+            with Load(service, voters=60) as load:
                 time.sleep(1)
                 with psycopg.connect(database) as connection:
                     connection.execute("LOCK TABLE votes")  # so that all want one at once
