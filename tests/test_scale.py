@@ -428,15 +428,18 @@ def test_a_vote_that_a_dying_service_has_is_not_sent_to_the_other(database, ngin
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             wait_until(lambda: len(backends(database, "wait_event_type = 'Lock'")) >= 4)
-            for process in freeze(services[0].process.pid):
+            family = freeze(services[0].process.pid)
+            for process in family:
                 process.kill()  # PostgreSQL has its votes, and will store them
-            killed_at = time.monotonic()
             wait_until(lambda: any(vote.unconfirmed for vote in load.votes))
+        assert not psutil.wait_procs(family, timeout=5)[1]
+        time.sleep(0.2)  # by then nginx knows
+        dead_at = time.monotonic()
         time.sleep(2.5)
     services[1].stop()
     figures = verify(load, services[1], statuses=(200, 303, 502, 503))
     assert figures["unconfirmed"] > 0
-    assert all(vote.status == 303 for vote in load.votes if vote.sent_at > killed_at)  # the other one took them
+    assert all(vote.status == 303 for vote in load.votes if vote.sent_at > dead_at)  # the other one took them
 
 
 # More processes and machines
