@@ -743,8 +743,7 @@ SECURITY_HEADERS = [
 
 def app(environ, start_response):
     """The WSGI application (PEP 3333): answers from memory if it can, else by Bottle; with security headers."""
-    # The server has decoded the path. It is encoded again, since Bottle drops bytes that are not UTF-8: /%FF would be /.
-    path = quote(environ.get("PATH_INFO") or "/", encoding="latin-1")
+    path = environ.get("PATH_INFO") or "/"
 
     def start_securely(status, headers, *error):
         return start_response(status, headers + security_headers(environ, path), *error)
@@ -754,7 +753,8 @@ def app(environ, start_response):
         status, headers, body = content.answer(environ)
         start_securely(status, headers)
         return [body]
-    environ["PATH_INFO"] = path
+    # The server has decoded the path. It is encoded again, since Bottle drops bytes that are not UTF-8: /%FF would be /.
+    environ["PATH_INFO"] = quote(path, encoding="latin-1")
     return routes(environ, start_securely)
 
 
