@@ -63,6 +63,13 @@ def test_the_url_wins_over_the_shell_also_where_it_says_what_holds_by_default(mo
     assert Target("postgresql://user@127.0.0.1:5432/db", is_local=False).environment()["PGPORT"] == "5432"
 
 
+def test_psql_looks_for_a_certificate_only_where_one_is_named(monkeypatch):
+    database = Target("postgresql://user@127.0.0.1:5432/db", is_local=False)
+    assert database.environment()["PGSSLCERT"] == "/nonexistent"
+    monkeypatch.setenv("PGSSLCERT", "/named")
+    assert database.environment()["PGSSLCERT"] == "/named"
+
+
 # The environment in .venv/
 
 

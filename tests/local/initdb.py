@@ -11,7 +11,7 @@ def main() -> None:
         read_dotenv()
         with target() as database:
             service_code().initdb(database.url)
-            print(f"schema.sql is applied to {database.name}.")
+            print("schema.sql is applied.")
 
 
 if __name__ == "__main__":

@@ -124,16 +124,11 @@ class LocalPostgres(Postgresql):
 
     def url(self, database: str = "postgres") -> str:
         """Return the URL of one of its databases."""
-        return local_url(self.password, self.settings["port"], database)
+        return f"postgresql://postgres:{self.password}@127.0.0.1:{self.settings['port']}/{database}"
 
     def crash(self) -> None:
         """Stop at once, without a word to clients or disk: the next start() recovers."""
         super(Postgresql, self).terminate(signal.SIGQUIT)
-
-
-def local_url(password: str, port: int | str, database: str) -> str:
-    """Return the URL of a local server's database."""
-    return f"postgresql://postgres:{password}@127.0.0.1:{port}/{database}"
 
 
 def has_locked(file: TextIO) -> bool:

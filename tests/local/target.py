@@ -21,7 +21,7 @@ from typing import NamedTuple
 import psycopg
 
 from local import ROOT
-from local.postgres import LocalPostgres, has_locked, local_url
+from local.postgres import LocalPostgres, has_locked
 from local.processes import as_command, on_signal, reachable, wait_for
 from local.programs import programs_for
 from local.settings import read_dotenv, service_code
@@ -46,12 +46,6 @@ class Target(NamedTuple):
     is_local: bool
 
     @property
-    def name(self) -> str:
-        """What to call it, without a secret."""
-        parts = psycopg.conninfo.conninfo_to_dict(self.url)
-        return f"database {parts.get('dbname', 'of that user')} on {parts.get('host', 'this machine')}"
-
-    @property
     def psql(self) -> Path:
         """The machine's psql, else that of server programs."""
         return Path(shutil.which("psql") or programs_for() / "psql")
@@ -71,7 +65,9 @@ class Target(NamedTuple):
         settings.pop("PGSERVICE", None)  # what the service file says is in the others, unless the URL says otherwise
         others = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
         path = f"{os.environ['PATH']}:{self.psql.parent}"
-        return {**others, **settings, "PGCLIENTENCODING": "UTF8", "DATABASE_URL": self.url, "PATH": path}
+        ours = {"PGCLIENTENCODING": "UTF8", "DATABASE_URL": self.url, "PATH": path}
+        # Without one, libpq looks for a certificate in HOME. If that may not be read, it does without TLS, silently.
+        return {"PGSSLCERT": "/nonexistent", **others, **settings, **ours}
 
 
 @contextmanager
@@ -89,32 +85,31 @@ def target(exclusive: bool = False) -> Iterator[Target]:
         yield Target(url, is_local=False)
         return
 
-    forget_libpq_variables()
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]  # meant for other databases: a server of our own is reached by its URL alone
     folder = local_folder()
     print(f"The votes are kept in {folder}", file=sys.stderr)
     try:
-        lock = open(folder / "lock", "w")
+        lock = open(folder / "lock", "a+")  # of whoever has started the server; it tells the others its URL
     except PermissionError:
         raise RuntimeError(
             f"{folder} is another user's, maybe root's: let its owner give it to you (chown -R)"
         ) from None
     with lock:
         if has_locked(lock):
+            lock.truncate(0)
             with LocalPostgres(base_dir=folder, durable=True) as server:
-                yield prepared(server)
+                url = url_with_schema(server)
+                lock.write(url)
+                lock.flush()
+                yield Target(url, is_local=True)
         elif exclusive:
             raise RuntimeError("The local database is in use: is make run running already?")
         else:
-            yield running(folder)
-
-
-def forget_libpq_variables() -> None:
-    """Take from our environment what shells set for other databases (PGSSLMODE, PGSERVICE ...).
-
-    A server of our own is reached by its URL alone.
-    """
-    for name in [name for name in os.environ if name.startswith("PG")]:
-        del os.environ[name]
+            lock.seek(0)
+            if not (url := lock.read()):
+                raise RuntimeError("The local database is just starting: please try again.")
+            yield Target(url, is_local=True)
 
 
 def local_folder() -> Path:
@@ -128,24 +123,14 @@ def local_folder() -> Path:
     return folder
 
 
-def prepared(server: LocalPostgres) -> Target:
-    """Return the Target of our server, whose database has the schema."""
+def url_with_schema(server: LocalPostgres) -> str:
+    """Return the URL of our database on our server, made if needed, with the schema."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         if not connection.execute("SELECT 1 FROM pg_database WHERE datname = 'catvote'").fetchone():
             connection.execute("CREATE DATABASE catvote")
-    service_code().initdb(server.url("catvote"))
-    return Target(server.url("catvote"), is_local=True)
-
-
-def running(folder: Path) -> Target:
-    """Return the Target of the server that another verb runs on that folder. Raises RuntimeError if it is not ready."""
-    try:
-        port = (folder / "data/postmaster.pid").read_text().splitlines()[3]
-        url = local_url((folder / "password").read_text(), port, "catvote")
-        psycopg.connect(url).close()
-    except (OSError, IndexError, psycopg.Error):
-        raise RuntimeError("The local database is just starting or stopping: please try again.") from None
-    return Target(url, is_local=True)
+    url = server.url("catvote")
+    service_code().initdb(url)
+    return url
 
 
 if __name__ == "__main__":
