@@ -15,7 +15,7 @@ import pytest
 from checkout import Running, make, nothing_runs_in, only_line, run
 from local import ROOT
 from local.processes import wait_until
-from local.service import free_port, procfile, url_of
+from local.service import Service, free_port, procfile, url_of
 
 import catvote
 
@@ -55,10 +55,18 @@ def test_it_says_what_to_open_and_where_the_votes_are(running):
     assert f"{running.folder}/.postgres" in running.log
 
 
-def test_it_shows_how_to_reach_the_database_by_psql(running):
+def test_it_shows_how_to_reach_by_psql_the_database_which_waits_for_the_disk(running):
     (command,) = re.findall("In another terminal: (.+)", running.log)
-    answer = subprocess.run(["sh", "-c", command + " -c 'TABLE public.vote_totals'"], capture_output=True, text=True)
-    assert "Pita" in answer.stdout, answer.stderr
+    command += " -Atc 'SHOW fsync; SELECT vote FROM public.vote_totals'"
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert answer.stdout == "on\nGummi\nPita\n", answer.stderr
+
+
+def test_nobody_else_on_the_machine_gets_into_the_database(running):
+    (url,) = re.findall("(postgresql://.+)", running.log)
+    with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+        psycopg.connect(re.sub(":[^:@]+@", "@", url), passfile="/nowhere")
+    assert running.folder.joinpath(".postgres").stat().st_mode & 0o077 == 0
 
 
 def test_it_listens_on_the_loopback_interface_only(running):
@@ -113,6 +121,7 @@ def test_after_sigkill_it_starts_again_at_once_with_all_votes(used_project):
         os.killpg(service.process.pid, signal.SIGKILL)
     with Running(used_project) as service:
         assert service.votes() == votes > 0
+        assert "█" in make(used_project, "report").stdout
     assert nothing_runs_in(used_project)
 
 
@@ -122,6 +131,13 @@ def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_no
     assert "The service did not start" in ended.stderr
     assert "local/" not in ended.stderr
     assert nothing_runs_in(used_project)
+
+
+def test_a_service_that_leaves_processes_behind_is_found_out():
+    service = Service(None, command="sleep 60 & exec python -m http.server --bind 127.0.0.1 $PORT")
+    with pytest.raises(RuntimeError, match="would not end, and were killed"), service:
+        pass
+    wait_until(lambda: not service.has_processes())
 
 
 def test_when_the_server_cannot_start_it_says_what_that_said(used_project):
@@ -167,6 +183,12 @@ def test_it_serves_at_the_address_that_it_tells(settings, address, shared_projec
         assert told.startswith(address)
         assert urlopen(told + "/healthz").status == 200
     assert service.log.count("Listening at") == 1
+
+
+def test_it_tells_the_path_of_a_unix_socket(shared_project, shared_database, tmp_path):
+    arguments = f"--bind=unix:{tmp_path}/socket"
+    with Running(shared_project, ready="Open ", DATABASE_URL=shared_database, GUNICORN_CMD_ARGS=arguments) as service:
+        assert f"Open {tmp_path}/socket in" in service.log
 
 
 @pytest.mark.parametrize(("bound", "url"), [("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80")])
@@ -388,7 +410,14 @@ def test_the_release_line_applies_the_schema(empty_database):
     assert tables(empty_database) == ["tally", "votes"]
 
 
-# make clean, help; install is in test_machines.py
+# make test, clean, help; install is in test_machines.py
+
+
+def test_make_test_runs_both_parts_and_fails_if_one_does(shared_project, tmp_path):
+    program = tmp_path / "pytest"
+    program.write_text(f"""echo "with $*" >> {tmp_path}/log\n[ "$*" = "-m alone tests" ]""")
+    assert make(shared_project, "test", f"PYTEST=sh {program}").returncode != 0
+    assert tmp_path.joinpath("log").read_text().endswith(" -m not alone tests\nwith -m alone tests\n")
 
 
 def test_clean_removes_packages_and_caches_however_deep_and_keeps_the_votes(project):

@@ -26,8 +26,8 @@ STAMP = ".venv/made-for"
 def main() -> None:
     """Install what the requirements files on the command line name."""
     with open(__file__) as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
         try:
+            fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
             make_environment(ROOT)
             for file in sys.argv[1:]:
                 if not install(ROOT, file):

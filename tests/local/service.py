@@ -79,10 +79,10 @@ def told_gunicorn(environment: dict[str, str]) -> Namespace:
     return Config().parser().parse_known_args(arguments)[0]
 
 
-def url_of(address: str, port: int, scheme: str = "http") -> str:
+def url_of(address: str, port: int) -> str:
     """Return the URL for a browser on this machine of who listens there."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def procfile(process_type: str) -> str:
@@ -132,8 +132,7 @@ class Service:
             "PORT": str(self.port),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        self.told = told_gunicorn(self.environment)
-        if not self.told.bind:
+        if not told_gunicorn(self.environment).bind:
             arguments = self.environment.get("GUNICORN_CMD_ARGS", "")
             self.environment["GUNICORN_CMD_ARGS"] = f"--bind=127.0.0.1:{self.port} {arguments}"
         self.output = None if to_terminal else tempfile.NamedTemporaryFile()
@@ -170,7 +169,7 @@ class Service:
             if found.family == socket.AF_UNIX and found.laddr:
                 return found.laddr
             if found.status == psutil.CONN_LISTEN:
-                return url_of(*found.laddr, scheme="https" if self.told.certfile else "http")
+                return url_of(*found.laddr)
         return None
 
     def workers(self) -> list[psutil.Process]:
