@@ -17,8 +17,8 @@ from faults import backends, most_at_once, sql
 from inprocess import InProcess
 from local.postgres import LocalPostgres, apply_schema
 from local.processes import server_account, wait_until
-from local.programs import programs_of
 from local.service import Service, free_port
+from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
 
