@@ -14,6 +14,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -87,21 +88,22 @@ def post_fork(server, worker):
 class Worker(gthread.ThreadWorker):
     """gunicorn's gthread worker, with amendments that were checked against gunicorn 27.0.1.
 
-    gunicorn's main thread accepts visitors, polls those of whom no request is under way, and hands on the others to
-    its threads; nothing in it may wait for a visitor. Guarded by tests/test_worker.py.
+    Its main thread accepts visitors, watches all of whom no request is under way, and hands on the others to its
+    threads. In gunicorn's the main thread, and so everybody, waits for single visitors; in this one it does not.
     """
 
     def init_process(self):
-        self.leaving = {}  # connections that are to be closed, and when at the latest
+        self.serving = {}  # visitors who have a thread or queue for one, and when they have had it for too long
+        self.leaving = deque()  # visitors who have their last answer
         super().init_process()
 
     def accept(self, listener):
-        """Accept a visitor, who gets a thread with the first words: gunicorn would keep one for 5 s for the silent."""
+        """Accept a visitor, who gets a thread with the first words; gunicorn gives silent ones a thread for 5 s."""
         try:
             visitor, address = listener.accept()
-        except BlockingIOError:  # another worker was faster
+        except BlockingIOError:  # the other worker was faster
             return
-        except OSError as error:  # too many open files, say; gunicorn's worker would end
+        except OSError as error:  # too many open files, for example: gunicorn's worker ends
             self.log.warning("cannot accept a visitor: %s", error)
             time.sleep(0.1)
             return
@@ -112,8 +114,9 @@ class Worker(gthread.ThreadWorker):
         self.poller.register(visitor, EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def enqueue_req(self, conn):
-        """Let a thread serve a visitor."""
-        with suppress(RuntimeError):  # where no more threads can start, one of those that there are will take it
+        """Let a thread serve a visitor; if no further one can start, one of those that there are (gunicorn ends)."""
+        self.serving[conn] = time.monotonic() + TOO_LONG
+        with suppress(RuntimeError):  # the executor has queued the visitor before it tried
             self.tpool.submit(self.serve, conn)
 
     def serve(self, conn):
@@ -122,8 +125,10 @@ class Worker(gthread.ThreadWorker):
         The way through the main thread to the next free one costs a quarter of the CPU of a page.
         """
         keep = self.handle(conn)
-        while keep and self.threads_suffice() and next_request_comes(conn):
+        while keep and len(self.serving) <= self.cfg.threads and next_request_comes(conn):
+            self.serving[conn] = time.monotonic() + TOO_LONG
             keep = self.handle(conn)
+        del self.serving[conn]
         if keep:
             handled = Future()
             handled.set_result(keep)
@@ -131,46 +136,45 @@ class Worker(gthread.ThreadWorker):
         else:
             self.method_queue.defer(self.see_off, conn)
 
-    def threads_suffice(self):
-        """Return whether there is a thread for each visitor who needs one now."""
-        idle = len(self.keepalived_conns) + len(self.pending_conns) + len(self.leaving)
-        return self.nr_conns - idle <= self.cfg.threads
-
     def see_off(self, conn):
-        """Read on until a visitor who has the last answer hangs up, for 2 s at most, and close the connection then.
+        """Read on until a visitor who has the last answer hangs up, for 2 s at most; close the connection then.
 
-        Closed while something is unread, the connection would be reset, and the answer lost with it (RFC 9112,
-        section 9.6). gunicorn waits for one such visitor after the other.
+        Closed while something is unread, it would be reset, and the answer lost (RFC 9112, section 9.6). gunicorn
+        reads on for one visitor after the other.
         """
-        self.leaving[conn] = time.monotonic() + 2
+        conn.timeout = time.monotonic() + 2
+        self.leaving.append(conn)
         try:
             conn.sock.shutdown(socket.SHUT_WR)
             conn.sock.setblocking(False)
             self.poller.register(conn.sock, EVENT_READ, partial(self.read_on, conn))
-        except (OSError, ValueError):  # closed already
-            self.forget(conn)
+        except (OSError, ValueError):  # it is closed already
+            self.close(conn)
 
-    def read_on(self, conn, sock):
+    def read_on(self, conn, connection):
         with suppress(OSError):
-            if sock.recv(65536):
+            if connection.recv(65536):
                 return
-        self.poller.unregister(sock)
-        self.forget(conn)
+        self.close(conn)
 
-    def forget(self, conn):
-        del self.leaving[conn]
+    def close(self, conn):
+        with suppress(KeyError, ValueError):
+            self.poller.unregister(conn.sock)
+        self.leaving.remove(conn)
         self.nr_conns -= 1
         conn.close()
 
     def murder_pending(self):
-        """Called once a second at least: close connections whose time is over."""
+        """Close what has been open for too long; gunicorn calls this at least once a second."""
         now = time.monotonic()
-        for conn, deadline in list(self.leaving.items()):
-            if deadline > now:
-                break
-            self.poller.unregister(conn.sock)
-            self.forget(conn)
-        if not self.alive:
+        while self.leaving and self.leaving[0].timeout < now:
+            self.close(self.leaving[0])
+        # Somebody who lost the network in mid-request would keep a thread for ever.
+        for conn, end in list(self.serving.items()):
+            if end < now:
+                with suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RDWR)
+        if not self.alive:  # gunicorn waits for those who have asked nothing yet until graceful_timeout
             for conn in self.pending_conns:
                 conn.timeout = now
         super().murder_pending()
@@ -190,6 +194,10 @@ class Worker(gthread.ThreadWorker):
 
 
 worker_class = Worker
+
+TOO_LONG = 30  # seconds for a request and its answer
+# After an answer that needed only a part of what the visitor sends, a thread reads on for so many seconds.
+gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.05
 
 
 def next_request_comes(conn):
