@@ -1,10 +1,10 @@
 """Faults to bring about in real processes, and what to ask the database meanwhile."""
 
-import time
 from contextlib import contextmanager, suppress
 
 import psutil
 import psycopg
+from local.processes import wait_until  # noqa: F401 (until the tests import it from there)
 
 
 def sql(url, statement, *parameters):
@@ -22,15 +22,6 @@ def backends(url, condition="true"):
         AND pid <> pg_backend_pid() AND {condition}
     """
     return [pid for (pid,) in sql(url, statement)]
-
-
-def wait_until(happened, seconds=10):
-    """Return once a function returns something true, and return that; fail after so many seconds."""
-    deadline = time.monotonic() + seconds
-    while not (result := happened()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return result
 
 
 def freeze(pid):
