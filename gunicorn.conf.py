@@ -18,6 +18,7 @@ from collections import deque
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
+from math import inf
 from pathlib import Path
 from select import POLLIN, poll
 from selectors import EVENT_READ
@@ -115,7 +116,7 @@ class Worker(gthread.ThreadWorker):
 
     def enqueue_req(self, conn):
         """Let a thread serve a visitor; if no further one can start, one of those that there are (gunicorn ends)."""
-        self.serving[conn] = time.monotonic() + TOO_LONG
+        self.serving[conn] = inf
         with suppress(RuntimeError):  # the executor has queued the visitor before it tried
             self.tpool.submit(self.serve, conn)
 
@@ -126,7 +127,6 @@ class Worker(gthread.ThreadWorker):
         """
         keep = self.handle(conn)
         while keep and len(self.serving) <= self.cfg.threads and next_request_comes(conn):
-            self.serving[conn] = time.monotonic() + TOO_LONG
             keep = self.handle(conn)
         del self.serving[conn]
         if keep:
@@ -135,6 +135,10 @@ class Worker(gthread.ThreadWorker):
             self.method_queue.defer(self.finish_request, conn, handled)
         else:
             self.method_queue.defer(self.see_off, conn)
+
+    def handle(self, conn):
+        self.serving[conn] = time.monotonic() + TOO_LONG
+        return super().handle(conn)
 
     def see_off(self, conn):
         """Read on until a visitor who has the last answer hangs up, for 2 s at most; close the connection then.
@@ -174,9 +178,9 @@ class Worker(gthread.ThreadWorker):
             if end < now:
                 with suppress(OSError):
                     conn.sock.shutdown(socket.SHUT_RDWR)
-        if not self.alive:  # gunicorn waits for those who have asked nothing yet until graceful_timeout
+        if not self.alive:  # gunicorn waits until graceful_timeout for those who have said nothing yet
             for conn in self.pending_conns:
-                conn.timeout = now
+                conn.timeout = min(conn.timeout, now + 2)
         super().murder_pending()
 
     def load_wsgi(self):
