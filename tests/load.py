@@ -11,6 +11,7 @@ from threading import Event, Thread
 from urllib.parse import urlencode
 
 from client import Answer
+from local.processes import wait_until
 
 CATS = ("Gummi", "Pita")
 
@@ -63,10 +64,10 @@ class Load:
     `answers` is the log.
     """
 
-    WATCHED = ("/", "/static/icon.svg", "/healthz")
+    WATCHED = ("/", "/history", "/static/icon.svg", "/healthz")
 
     def __init__(self, *services, voters=24, watchers=2, pause=0.2):
-        self.answers, self.pause = [], pause
+        self.services, self.answers, self.pause = services, [], pause
         self.ended = Event()
         service = cycle(services)
         self.threads = [Thread(target=self.vote, args=[next(service), Random(number)]) for number in range(voters)]
@@ -116,6 +117,11 @@ class Load:
         answer = Visit(status, headers, body, path, cat, kept, sent_at, time.monotonic())
         self.answers.append(answer)
         return answer
+
+    def go_on(self, votes):
+        """Return when so many more votes have been acknowledged."""
+        goal = len(self.acknowledged) + votes
+        wait_until(lambda: len(self.acknowledged) >= goal)
 
     @property
     def votes(self):

@@ -7,7 +7,6 @@ server runs as long as COMMAND does. DATABASE_URL tells COMMAND which one it is;
 own variables (PGHOST and the like), for psql, and PATH has a psql.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -20,33 +19,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import psycopg
 from dotenv import load_dotenv
-from local.programs import server_programs
 from testing.postgresql import Postgresql
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def server_account() -> dict[str, int | list]:
-    """Return Popen's arguments for a user that Postgres accepts: none for ours, unless we are root.
-
-    root takes the checkout's owner, who can then go on without root, else `postgres`, else `nobody`.
-    """
-    if os.geteuid() != 0:
-        return {}
-    for find, who in (pwd.getpwuid, ROOT.stat().st_uid), (pwd.getpwnam, "postgres"), (pwd.getpwnam, "nobody"):
-        with suppress(KeyError):
-            account = find(who)
-            if account.pw_uid != 0:
-                return {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-    raise RuntimeError("PostgreSQL does not run as root: add a user named postgres")
+from local import ROOT
+from local.processes import as_command, on_signal, reachable, server_account, spawn, wait_for
+from local.programs import server_programs
 
 
 def require_name() -> None:
@@ -58,24 +43,6 @@ def require_name() -> None:
             f"PostgreSQL's initdb does not run as user {os.geteuid()}, who has no name: "
             "add a line to /etc/passwd, or set DATABASE_URL"
         ) from None
-
-
-def end_with_us(number: int) -> Callable | None:
-    """Return what a child process calls to be sent that signal when ours is killed (Linux only)."""
-    libc = ctypes.CDLL(None)
-    return (lambda: libc.prctl(1, number)) if hasattr(libc, "prctl") else None  # 1: PR_SET_PDEATHSIG
-
-
-def spawn(command: list[str | Path], **options) -> subprocess.Popen:
-    """Start a command as the server's user, in a session of its own, where Ctrl-C does not reach it."""
-    # Only children change user: all of Python may live where no other user can enter.
-    options.update(server_account(), cwd="/", start_new_session=True, preexec_fn=end_with_us(signal.SIGINT))
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
-
-
-def reachable(path: Path) -> bool:
-    """Return whether the server's user can execute that file or enter that folder."""
-    return spawn(["test", "-x", path]).wait() == 0
 
 
 def copy_programs(bindir: Path, folder: Path) -> Path:
@@ -346,25 +313,6 @@ def command_line(number: str) -> str:
     return subprocess.run(["ps", "-o", "command=", "-p", number], capture_output=True, text=True).stdout
 
 
-def on_signal(number: int, action: Callable) -> None:
-    """Call `action` when that signal comes, unless it was ignored when we began, as nohup ignores SIGHUP."""
-    if signal.getsignal(number) != signal.SIG_IGN:
-        signal.signal(number, action)
-
-
-def wait_for(process: subprocess.Popen, *numbers: int) -> int:
-    """Wait for a process; return its status as a shell would.
-
-    Of the signals with these numbers that come meanwhile, the first asks it, and it alone, to
-    end (SIGTERM), each further one to hurry (SIGINT).
-    """
-    signals = iter([signal.SIGTERM])
-    for number in numbers:
-        on_signal(number, lambda *_: process.send_signal(next(signals, signal.SIGINT)))
-    status = process.wait()
-    return status if status >= 0 else 128 - status
-
-
 def read_dotenv() -> None:
     """Take settings from .env, unless the environment has them; values stay as they are, also with a $ in them."""
     file = ROOT / ".env"
@@ -376,21 +324,6 @@ def read_dotenv() -> None:
         load_dotenv(file, interpolate=False)
     except ValueError:  # that is UTF-16 or Latin-1, or has a NUL
         raise RuntimeError(".env is not text in UTF-8: save it as that; see .env.example") from None
-
-
-@contextmanager
-def as_command() -> Iterator[None]:
-    """Make SIGTERM and a closed terminal clean up as Ctrl-C does, and end on errors with one line."""
-    on_signal(signal.SIGTERM, signal.default_int_handler)
-    on_signal(signal.SIGHUP, signal.default_int_handler)
-    try:
-        yield
-    except PermissionError as error:
-        sys.exit(f"{error.filename} is another user's: has root been here? Let its owner give it away (chown -R)")
-    except (RuntimeError, OSError, psycopg.Error) as error:
-        sys.exit(str(error).strip())
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 def main() -> None:

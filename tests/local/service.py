@@ -12,8 +12,12 @@ from pathlib import Path
 from shlex import quote
 from shutil import which
 
+import psutil
 import psycopg
-from local.postgres import ROOT, apply_schema, as_command, end_with_us, read_dotenv, target, wait_for
+
+from local import ROOT
+from local.postgres import apply_schema, read_dotenv, target
+from local.processes import as_command, end_with_us, wait_for
 
 
 def procfile(process_type: str) -> str:
@@ -32,6 +36,8 @@ class Service:
 
     database_url -- its DATABASE_URL
     to_terminal -- let it write there, rather than into `log`
+    command -- another one than the Procfile's to start it by, for sh
+    folder -- another one than the project's to start it in
     environment -- more variables; it sees no others of this process but PATH
 
     url, port and process (the gunicorn master) are for all to use. Raises RuntimeError, with
@@ -42,7 +48,16 @@ class Service:
     folder: Path = ROOT
     process: subprocess.Popen
 
-    def __init__(self, database_url: str, to_terminal: bool = False, **environment: str):
+    def __init__(
+        self,
+        database_url: str,
+        to_terminal: bool = False,
+        command: str | None = None,
+        folder: Path | None = None,
+        **environment: str,
+    ):
+        self.command = command or self.command
+        self.folder = folder or self.folder
         self.port = int(environment.get("PORT") or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
@@ -82,6 +97,10 @@ class Service:
             except ConnectionRefusedError:
                 time.sleep(0.02)
         raise RuntimeError(f"The service did not start. {self.log}")
+
+    def workers(self) -> list[psutil.Process]:
+        """Return the worker processes that run now."""
+        return psutil.Process(self.process.pid).children()
 
     @property
     def log(self) -> str:
