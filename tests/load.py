@@ -1,6 +1,5 @@
 """Visitors by the dozen, who vote and look at pages over connections that they keep, and the log of what they got."""
 
-import re
 import time
 from dataclasses import dataclass
 from email.message import Message
@@ -34,18 +33,6 @@ class Visit(Answer):
     @property
     def seconds(self):
         return self.ended_at - self.sent_at
-
-    @property
-    def not_counted(self):
-        return self.status == 503 and "vote was not counted" in self.text
-
-    @property
-    def unconfirmed(self):
-        return self.status in (502, 503, 504) and "vote could not be confirmed" in self.text  # 503: the service's own
-
-    @property
-    def outdated(self):
-        return bool(re.search('<p id="outdated" *>[^<]*these are the last known votes', self.text))
 
     @property
     def total(self):
