@@ -1,16 +1,13 @@
 <%
 headings = {
-    404: "There is no such page",
-    405: "It does not work that way",
-    503: "The bakery is closed for a moment",
-}
-headings_of_refused_votes = {
     400: "That vote did not work",
     403: "That vote came from elsewhere",
+    404: "There is no such page",
+    405: "It does not work that way",
     413: "That was too big for a vote",
+    503: "The bakery is closed for a moment",
 }
-refused = voting and status in headings_of_refused_votes
-heading = (headings_of_refused_votes if refused else headings).get(status, "Something got burnt")
+heading = headings.get(status, "Something got burnt")
 rebase("layout", heading=heading)
 last = list(candidates.values())[-1]
 
@@ -25,11 +22,11 @@ uncertain = trouble is None or trouble.name == "UNCERTAIN"
 %>
 <img src="{{static_url(last.picture)}}" alt="" width="200" height="200">
 <h1>{{heading}}</h1>
-% if refused:
+% if status < 500:
 %   step = "Back to the vote"
+%   if status in (400, 403, 413):
 <p class="intro">{{message}}</p>
-% elif status < 500:
-%   step = "Back to the vote"
+%   end
 % elif not voting:
 %   step = "Try again in a few seconds"
 <p class="intro">{{cause}}.</p>
