@@ -1,14 +1,14 @@
 """Who is measured: catvote, and other ways to write it, each on a database of its own of one PostgreSQL server."""
 
+import os
 import re
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
 import psycopg
 from local import ROOT
-from local.service import Service, procfile
+from local.service import Service
 
 FOLDER = Path(__file__).parent
 SAME_SERVER = f"gunicorn --config={ROOT}/gunicorn.conf.py"
@@ -16,8 +16,8 @@ SAME_SERVER = f"gunicorn --config={ROOT}/gunicorn.conf.py"
 OTHERS = {
     "without database": f"{SAME_SERVER} without_database:app",
     "bare Bottle": f"{SAME_SERVER} bare_bottle:app",
-    "the Flask way": "gunicorn --workers=2 flask_way:app",
-    "the async way": "uvicorn --workers=2 --no-access-log --port=$PORT async_way:app",
+    "the Flask way": "gunicorn flask_way:app",
+    "the async way": "uvicorn --no-access-log --port=$PORT async_way:app",
 }
 # As Flask-SQLAlchemy's create_all() makes it, which two workers must not do at once.
 VOTE_TABLE = """
@@ -56,7 +56,7 @@ class Database:
 
 
 class Contestant(Service):
-    """A service to be measured; a context manager.
+    """A service to be measured, with two workers unless WEB_CONCURRENCY says otherwise; a context manager.
 
     database -- its Database
     emptied -- the table to empty before each turn, if any
@@ -64,7 +64,7 @@ class Contestant(Service):
     """
 
     def __init__(self, database, emptied=None, **options):
-        super().__init__(database.url, **options)
+        super().__init__(database.url, WEB_CONCURRENCY=os.environ.get("WEB_CONCURRENCY") or "2", **options)
         self.database, self.emptied = database, emptied
         self.most_connections = 0  # to the database, that were seen after a turn
 
@@ -103,13 +103,13 @@ class Contestant(Service):
         self.__enter__()
 
 
-def catvote(postgres, name, votes, folder=ROOT, **environment):
+def catvote(postgres, name, votes, folder=ROOT):
     """Return catvote as production starts it, from a checkout with its packages, with so many votes stored."""
     database = Database(postgres, name)
-    contestant = Contestant(database, None if votes else "votes", folder=folder, **environment)
-    contestant.environment["PATH"] = f"{folder}/.venv/bin:{contestant.environment['PATH']}"
-    subprocess.run(["sh", "-c", procfile("release")], cwd=folder, env=contestant.environment, check=True)
+    database.run((folder / "schema.sql").read_text("utf-8"))
     database.fill("votes", votes)
+    contestant = Contestant(database, None if votes else "votes", folder=folder)
+    contestant.environment["PATH"] = f"{folder}/.venv/bin:{contestant.environment['PATH']}"
     return contestant
 
 

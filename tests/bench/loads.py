@@ -2,11 +2,14 @@
 
 import json
 import re
+import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
+from functools import partial
 from http.client import HTTPConnection
-from math import nan
+from math import ceil, nan
 from typing import NamedTuple
 
 import psutil
@@ -47,13 +50,6 @@ def cpu_seconds(masters):
     return seconds
 
 
-def run(command, *groups, **options):
-    """Run a load program; return what it printed, and the CPU seconds that each group of processes used meanwhile."""
-    before = [cpu_seconds(group) for group in groups]
-    program = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True, **options)
-    return program.stdout, [cpu_seconds(group) - then for group, then in zip(groups, before)]
-
-
 def wrk(contestant, seconds, requests, unit=1, connections=CONNECTIONS, rest=0):
     """Send requests in turn, again and again; return the Turn, None if one failed.
 
@@ -62,19 +58,33 @@ def wrk(contestant, seconds, requests, unit=1, connections=CONNECTIONS, rest=0):
     rest -- milliseconds from an answer to the next request of its connection, on average
     """
     contestant.prepare()
-    # wrk knows whole seconds only; Ctrl-C makes it stop and report.
-    command = ["timeout", "--preserve-status", "--signal=INT", seconds, "wrk", "--duration=1h", "--timeout=30s"]
-    command += ["--threads=1", f"--connections={connections}", f"--script={FOLDER}/load.lua", contestant.url]
-    database = contestant.database.postgres.child_process
-    output, used = run([*command, "--", rest, int(connections > 1), *requests], contestant.masters, [database])
+    command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={ceil(seconds)}s", "--timeout=30s"]
+    command += [f"--script={FOLDER}/load.lua", contestant.url, "--", rest, int(connections > 1), *requests]
+    groups = contestant.masters, [contestant.database.postgres.child_process]
+    before = [cpu_seconds(group) for group in groups]
+    result = json.loads(run_for(seconds, command).splitlines()[-1])
+    used = [cpu_seconds(group) - then for group, then in zip(groups, before)]
     contestant.note_connections()
-    result = json.loads(output.splitlines()[-1])
-    all_polls = all(request.startswith("POLL") for request in requests)
-    if result["failed"] or not result["requests"] or (all_polls and not result["unchanged"]):
+    polls_only = all(request.startswith("POLL") for request in requests)
+    answered = result["unchanged"] if polls_only else result["requests"]
+    if not answered and not result["failed"] and seconds < 30:  # too little time: a very short turn, or a busy machine
+        return wrk(contestant, 2 * seconds, requests, unit, connections, rest)
+    if not answered or result["failed"]:
+        print(f"{result['failed']} of {result['requests']} requests failed, among {set(requests)}", file=sys.stderr)
         return None
     units = result["requests"] / unit
-    cpu = [1e6 * seconds / units for seconds in used]
-    return Turn(units / result["seconds"], result["p50"], result["p99"], *cpu)
+    return Turn(units / result["seconds"], result["p50"], result["p99"], *(1e6 * seconds / units for seconds in used))
+
+
+def run_for(seconds, command):
+    """Run wrk; return what it printed. It knows whole seconds only, but Ctrl-C makes it stop earlier, and report."""
+    ignore_it_first = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # while wrk does not handle it yet
+    program = subprocess.Popen(map(str, command), stdout=subprocess.PIPE, text=True, preexec_fn=ignore_it_first)
+    while True:
+        try:
+            return program.communicate(timeout=seconds)[0]
+        except subprocess.TimeoutExpired:
+            program.send_signal(signal.SIGINT)
 
 
 def half(contestant, seconds, requests):
@@ -106,7 +116,9 @@ def pgbench(database, seconds):
     command = [database.postgres.bindir / "pgbench", "--no-vacuum", "--protocol=prepared", f"--client={POOLED}"]
     command += [f"--time={max(1, round(seconds))}", "--file=-", database.url]
     vote = "INSERT INTO public.votes (vote) VALUES ('Pita')"
-    output, [used] = run(command, [database.postgres.child_process], input=vote, stderr=subprocess.DEVNULL)
+    before = cpu_seconds([database.postgres.child_process])
+    output = subprocess.run(command, check=True, capture_output=True, text=True, input=vote).stdout
+    used = cpu_seconds([database.postgres.child_process]) - before
     rate, latency, votes = (
         float(re.search(rf"(?m)^{name}\W+([\d.]+)", output)[1])
         for name in ("tps", "latency average", "number of transactions actually processed")

@@ -15,7 +15,7 @@ def print_comparison(comparison):
     print_head("", columns)
     for row, turns in comparison.turns.items():
         print_row(row, [figures(turns[column], timed) if column in turns else "" for column in columns])
-    for row, describe in {"MiB of a worker, of all": memory, "connections of a worker": connections}.items():
+    for row, describe in {"MiB of a worker, of all": memory, "connections": connections}.items():
         if comparison.contestants:
             contestants = map(comparison.contestants.get, columns)
             print_row(row, [describe(contestant) if contestant else "" for contestant in contestants])
@@ -80,12 +80,12 @@ def spread(ratios):
 
 
 def memory(contestant):
-    """Return the memory of one worker and of all processes of a service, where shared pages count in part (PSS)."""
+    """Return the MiB of the largest process of a service, and of all; pages that several share count in part (PSS)."""
     master = psutil.Process(contestant.process.pid)
-    sizes = [process.memory_full_info().pss / 2**20 for process in (master, *contestant.workers())]
-    return f"{median(sizes[1:]):.1f}, {sum(sizes):.1f}"
+    sizes = [process.memory_full_info().pss / 2**20 for process in (master, *master.children(recursive=True))]
+    return f"{max(sizes):.1f}, {sum(sizes):.1f}"
 
 
 def connections(contestant):
-    """Return the most connections to the database that a worker had."""
-    return f"{contestant.most_connections / len(contestant.workers()):.1f}"
+    """Return the most connections to the database that there were."""
+    return str(contestant.most_connections)
