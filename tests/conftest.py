@@ -16,8 +16,8 @@ from altered import READ_FOR_EACH_PAGE, AlteredService
 from checkout import Running, copy_of_project
 from faults import backends, sql, wait_until
 from local.postgres import LocalPostgres, apply_schema, server_account
-from local.programs import programs_of
 from local.service import Service, free_port
+from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
 

@@ -9,8 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from local.postgres import as_command, server_account, spawn, target
+from local.processes import as_command, server_account, spawn
 from local.service import Service, free_port
+from local.target import target
 
 SETTINGS = Path(__file__).with_name("nginx.conf")
 SBIN = "/usr/sbin"  # Debian's folder for servers, which is not on everybody's PATH
@@ -123,13 +124,12 @@ class Nginx:
 def main():
     """Run nginx and two services for a person, until Ctrl-C or SIGTERM."""
     port = os.environ.get("PORT") or "8000"
-    environment = {**os.environ, "PORT": ""}  # the services' are any free ones
     with as_command():
         find_program("nginx")
         with (
             target(exclusive=True) as database,
-            Service(database.url, to_terminal=True, **environment) as first,
-            Service(database.url, to_terminal=True, **environment) as second,
+            Service(database.url, to_terminal=True, PORT="") as first,
+            Service(database.url, to_terminal=True, PORT="") as second,
             Nginx(first, second, port=port) as nginx,
         ):
             for number in signal.SIGINT, signal.SIGTERM, signal.SIGHUP:
