@@ -94,8 +94,11 @@ class Contestant(Service):
 
     def note_connections(self):
         """Note how many connections to the database there are: the pool keeps those of a turn for a few seconds."""
-        own = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
-        self.most_connections = max(self.most_connections, self.database.run(own))
+        statement = """
+            SELECT count(*) - 1 FROM pg_stat_activity
+            WHERE datname = current_database() AND backend_type = 'client backend'
+        """  # without this one
+        self.most_connections = max(self.most_connections, self.database.run(statement))
 
     def restart(self):
         """Stop it and start it anew."""
