@@ -72,11 +72,6 @@ class Contestant(Service):
         with suppress(AssertionError, ProcessLookupError):  # uvicorn leaves a process behind for a moment
             self.stop()
 
-    @property
-    def masters(self):
-        """The processes that do the work, with all below them."""
-        return [self.process]
-
     def get(self, path):
         """Return the text that it answers for a path."""
         with urlopen(self.url + path) as answer:

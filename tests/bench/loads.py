@@ -36,17 +36,16 @@ class Turn(NamedTuple):
 
     @property
     def cpu(self):
-        return self.service + self.database
+        return (self.service + self.database) or nan  # the system counts hundredths of a second
 
 
-def cpu_seconds(masters):
-    """Return the CPU seconds that processes, and all that descend from them, have used so far."""
+def cpu_seconds(master):
+    """Return the CPU seconds that a process, and all that descend from it, have used so far."""
+    parent = psutil.Process(master.pid)
     seconds = 0
-    for master in masters:
-        parent = psutil.Process(master.pid)
-        for process in [parent, *parent.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):  # it has just ended
-                seconds += sum(process.cpu_times()[:4])  # with those of children that have ended
+    for process in [parent, *parent.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):  # it has just ended
+            seconds += sum(process.cpu_times()[:4])  # with those of children that have ended
     return seconds
 
 
@@ -60,10 +59,10 @@ def wrk(contestant, seconds, requests, unit=1, connections=CONNECTIONS, rest=0):
     contestant.prepare()
     command = ["wrk", "--threads=1", f"--connections={connections}", f"--duration={ceil(seconds)}s", "--timeout=30s"]
     command += [f"--script={FOLDER}/load.lua", contestant.url, "--", rest, int(connections > 1), *requests]
-    groups = contestant.masters, [contestant.database.postgres.child_process]
-    before = [cpu_seconds(group) for group in groups]
+    masters = contestant.process, contestant.database.postgres.child_process
+    before = [cpu_seconds(master) for master in masters]
     result = json.loads(run_for(seconds, command).splitlines()[-1])
-    used = [cpu_seconds(group) - then for group, then in zip(groups, before)]
+    used = [cpu_seconds(master) - then for master, then in zip(masters, before)]
     contestant.note_connections()
     polls_only = all(request.startswith("POLL") for request in requests)
     answered = result["unchanged"] if polls_only else result["requests"]
@@ -116,9 +115,9 @@ def pgbench(database, seconds):
     command = [database.postgres.bindir / "pgbench", "--no-vacuum", "--protocol=prepared", f"--client={POOLED}"]
     command += [f"--time={max(1, round(seconds))}", "--file=-", database.url]
     vote = "INSERT INTO public.votes (vote) VALUES ('Pita')"
-    before = cpu_seconds([database.postgres.child_process])
+    before = cpu_seconds(database.postgres.child_process)
     output = subprocess.run(command, check=True, capture_output=True, text=True, input=vote).stdout
-    used = cpu_seconds([database.postgres.child_process]) - before
+    used = cpu_seconds(database.postgres.child_process) - before
     rate, latency, votes = (
         float(re.search(rf"(?m)^{name}\W+([\d.]+)", output)[1])
         for name in ("tps", "latency average", "number of transactions actually processed")
