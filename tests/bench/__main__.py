@@ -48,7 +48,8 @@ def read_options():
     options = parser.parse_args()
     if not options.only:
         options.only = [name for name in COMPARISONS if name != "beside" or options.beside]
-    if "beside" in options.only and not Path(options.beside or "", ".venv/bin/gunicorn").exists():
+    installed = options.beside and (options.beside / ".venv/bin/gunicorn").exists()
+    if "beside" in options.only and not installed:
         parser.error("--beside needs the folder of another checkout, in which make install was run")
     return options
 
