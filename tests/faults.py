@@ -1,6 +1,7 @@
 """Faults to bring about in real processes, and what to ask the database meanwhile."""
 
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 
 import psutil
 import psycopg
@@ -60,6 +61,12 @@ def recovery(load, healed_at):
     return max(failed_at - healed_at, 0)
 
 
+def most_at_once(answers):
+    """Return how many of these visitors waited at the same moment, at most."""
+    moments = sorted([(answer.sent_at, 1) for answer in answers] + [(answer.ended_at, -1) for answer in answers])
+    return max(accumulate((change for _, change in moments), initial=0))
+
+
 def workers(service):
-    """Return the worker processes of the service."""
+    """Old name of Service.workers, until every test has changed over."""
     return psutil.Process(service.process.pid).children()

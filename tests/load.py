@@ -66,7 +66,7 @@ class Load:
     WATCHED = ("/", "/static/icon.svg", "/healthz")
 
     def __init__(self, *services, voters=24, watchers=2, pause=0.2):
-        self.answers, self.pause = [], pause
+        self.services, self.answers, self.pause = services, [], pause
         self.ended = Event()
         service = cycle(services)
         self.threads = [Thread(target=self.vote, args=[next(service), Random(number)]) for number in range(voters)]

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from client import FORM, HOST, ask, chunked, get, listen, read, talk, vote, write
 from faults import workers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from local.postgres import ROOT
 from local.service import Service
@@ -494,7 +494,7 @@ def test_visitors_who_do_not_hang_up_hold_up_nobody(shared_service):
 
 # Anything at all
 
-FUZZ = settings(max_examples=300, deadline=None, derandomize=True)
+FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CATS = ("Gummi", "Pita")
 
 
