@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 from select import POLLIN, poll
@@ -18,12 +18,14 @@ import psutil
 import psycopg
 import pytest
 from client import Answer
-from conftest import missing
-from faults import backends, freeze, frozen, sql
+from conftest import missing, new_database
+from faults import backends, freeze, frozen, kill, sql
 from load import Load
 from local import ROOT
-from local.processes import wait_until
+from local.postgres import LocalPostgres, apply_schema
+from local.processes import spawn, wait_until
 from local.service import Service, free_port
+from psycopg.rows import dict_row
 from scale.nginx import Nginx, find_program
 
 FOLDER = ROOT / "tests/scale"
@@ -99,7 +101,7 @@ def own_service(database):
         yield service
 
 
-def test_a_vote_through_nginx_is_stored_and_shown_to_its_voter_alone_and_at_once(nginx, stored):
+def test_a_vote_through_nginx_is_stored_and_shown_to_its_voter_alone_and_at_once(nginx, take_votes):
     for votes in range(1, 6):
         voted = vote(nginx)
         assert (voted.status, voted.headers["Location"]) == (303, "/?voted=Pita")
@@ -108,25 +110,25 @@ def test_a_vote_through_nginx_is_stored_and_shown_to_its_voter_alone_and_at_once
         assert "Thank you" in own.text
         assert "Thank you" not in get(nginx).text
     assert len(list((nginx.folder / "cache").iterdir())) == 1  # whatever visitors add to the address
-    assert stored() == ["Pita"] * 5
+    assert take_votes() == ["Pita"] * 5
 
 
-def test_nginx_keeps_host_by_which_votes_of_other_sites_are_refused(nginx, stored):
+def test_nginx_keeps_host_by_which_votes_of_other_sites_are_refused(nginx, take_votes):
     assert vote(nginx, Origin=nginx.url).status == 303
     assert vote(nginx, Origin="http://other.example").status == 403
-    assert stored() == ["Pita"]
+    assert take_votes() == ["Pita"]
 
 
-def test_a_form_that_is_too_long_is_refused_by_the_service_and_a_much_longer_one_by_nginx(nginx, services, stored):
+def test_a_form_that_is_too_long_is_refused_by_the_service_and_a_much_longer_one_by_nginx(nginx, services, take_votes):
     assert vote(nginx, 5_000 * "x").body == vote(services[0], 5_000 * "x").body
     refused = vote(nginx, 20_000 * "x")
     assert refused.status == 413
     assert refused.headers["Retry-After"] == "10"  # which the service asks for after a 503 only
     assert "none was counted" in refused.text
-    assert not stored()
+    assert not take_votes()
 
 
-def test_the_service_learns_of_https_and_everybodys_page_tells_by_what_way_it_came(services, stored, tmp_path):
+def test_the_service_learns_of_https_and_everybodys_page_tells_by_what_way_it_came(services, take_votes, tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     make += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
@@ -146,10 +148,10 @@ def test_the_service_learns_of_https_and_everybodys_page_tells_by_what_way_it_ca
     assert again.headers["X-Cache"] == "HIT"
     for answer in page, again, voted:
         assert "max-age" in answer.headers["Strict-Transport-Security"]
-    assert stored() == ["Pita"]
+    assert take_votes() == ["Pita"]
 
 
-def test_an_address_has_so_many_votes_and_others_do_not_feel_it(nginx, stored):
+def test_an_address_has_so_many_votes_and_others_do_not_feel_it(nginx, take_votes):
     started_at = time.monotonic()
     answers = [vote(nginx, address="127.0.0.2") for _ in range(200)]
     seconds = time.monotonic() - started_at
@@ -159,7 +161,7 @@ def test_an_address_has_so_many_votes_and_others_do_not_feel_it(nginx, stored):
     assert refused
     assert "this one was not counted" in refused[0].text
     assert vote(nginx, address="127.0.0.3").status == 303
-    assert len(stored()) == len(answers) - len(refused) + 1
+    assert len(take_votes()) == len(answers) - len(refused) + 1
     wait_until(lambda: vote(nginx, address="127.0.0.2").status == 303)
 
 
@@ -196,10 +198,11 @@ def test_slow_visitors_by_the_hundred_hold_up_nobody_and_are_sent_away(services)
         "client_header_timeout 10s": "client_header_timeout 3s",
         "client_body_timeout 10s": "client_body_timeout 3s",
     }
-    with Nginx(*services, replace={"worker_processes auto": "worker_processes 1", **patience}) as nginx:
-        assert {process.rlimit(psutil.RLIMIT_NOFILE)[0] for process in nginx.workers()} == {20000}
+    nginx = Nginx(*services, replace={"worker_processes auto": "worker_processes 1", **patience})
+    nginx.command = f"sh -c 'ulimit -Sn 500; exec {nginx.command}'"
+    with nginx:
         visitors = [socket.create_connection(("127.0.0.1", nginx.port)) for _ in range(600)]
-        head = "POST /add HTTP/1.1\r\nHost: catvote.example\r\nContent-Length: 1000"
+        head = "POST /history HTTP/1.1\r\nHost: catvote.example\r\nContent-Length: 1000"
         for slow_head, slow_body in zip(visitors[::2], visitors[1::2]):
             slow_head.send(head.encode())
             slow_body.send(f"{head}\r\n\r\n".encode())
@@ -208,6 +211,16 @@ def test_slow_visitors_by_the_hundred_hold_up_nobody_and_are_sent_away(services)
         wait_until(lambda: all(said_something(each) for each in visitors), seconds=20)
     for each in visitors:
         each.close()
+
+
+def asked_anew(nginx, path="/"):
+    """Ask for a page until it does not come from the cache; return the first such Answer."""
+
+    def not_kept():
+        answer = get(nginx, path)
+        return answer.headers["X-Cache"] != "HIT" and answer
+
+    return wait_until(not_kept)
 
 
 def said_something(connection):
@@ -233,7 +246,7 @@ def test_pages_go_on_while_no_service_answers_and_votes_count_again_soon_after(o
         before = {path: get(nginx, path).body for path in EVERYBODYS}
         own_service.stop()
         for path in EVERYBODYS:
-            answer = wait_until(lambda: (answer := get(nginx, path)).headers["X-Cache"] != "HIT" and answer)
+            answer = asked_anew(nginx, path)
             assert (answer.status, answer.headers["X-Cache"], answer.body) == (200, "STALE", before[path])
             assert int(answer.headers["Age"]) > 1  # by which the page tells its reader
         lost, history = vote(nginx), get(nginx, "/history")
@@ -245,8 +258,7 @@ def test_pages_go_on_while_no_service_answers_and_votes_count_again_soon_after(o
         assert lost.headers["Server"] == "nginx"
         with own_service:
             wait_until(lambda: vote(nginx).status == 303, seconds=5)
-            page = wait_until(lambda: (page := get(nginx)).headers["X-Cache"] != "STALE" and page)
-            assert page.headers["Age"] is None
+            wait_until(lambda: get(nginx).headers["Age"] is None)
 
 
 def test_pages_go_on_while_services_have_no_database(nginx, services, service_without_database):
@@ -256,12 +268,13 @@ def test_pages_go_on_while_services_have_no_database(nginx, services, service_wi
         settings = settings.replace(f":{service.port}", f":{service_without_database.port}")
     reload(nginx, settings)
     for path in EVERYBODYS:
-        answer = wait_until(lambda: (answer := get(nginx, path)).headers["X-Cache"] != "HIT" and answer)
+        answer = asked_anew(nginx, path)
         assert (answer.status, answer.headers["X-Cache"], answer.body) == (200, "STALE", before[path])
 
 
 def reload(nginx, settings):
     """Give nginx other settings, as the guide says, and return when its old workers have ended."""
+    get(nginx)  # its workers come after its port
     before = nginx.workers()
     (nginx.folder / "nginx.conf").write_text(settings)
     command = guide("reload").replace("nginx", find_program("nginx"), 1).replace("FOLDER", str(nginx.folder))
@@ -273,19 +286,18 @@ def test_a_page_of_a_frozen_service_is_waited_for_by_one_visitor_while_others_ge
     with Nginx(*services, replace={"proxy_read_timeout 3s": "proxy_read_timeout 1s"}) as nginx:
         get(nginx)
         with ThreadPoolExecutor() as visitors, frozen(services[0].process.pid), frozen(services[1].process.pid):
-            new = lambda: wait_until(lambda: (answer := get(nginx)).headers["X-Cache"] != "HIT" and answer)
-            answers = [visitors.submit(new) for _ in range(2)]
+            answers = [visitors.submit(asked_anew, nginx) for _ in range(2)]
             assert {answer.result().headers["X-Cache"] for answer in answers} == {"STALE", "UPDATING"}
 
 
-def test_a_vote_that_a_frozen_service_has_could_not_be_confirmed_and_is_stored_once(services, stored):
+def test_a_vote_that_a_frozen_service_has_could_not_be_confirmed_and_is_stored_once(services, take_votes):
     with Nginx(*services, replace={"proxy_read_timeout 15s": "proxy_read_timeout 1s"}) as nginx:
         with frozen(services[0].process.pid), frozen(services[1].process.pid):
             answer = vote(nginx)
         assert answer.status == 504
         assert "could not be confirmed" in answer.text
         assert get(services[0], "/?voted=Pita").votes == get(services[1], "/?voted=Pita").votes
-    assert wait_until(stored) == ["Pita"]
+    assert wait_until(take_votes) == ["Pita"]
 
 
 @pytest.mark.alone
@@ -317,6 +329,7 @@ def test_one_failure_tells_all_workers_of_nginx_which_service_is_away(own_servic
     many_workers = {"worker_processes auto": "worker_processes 8"}
     with Nginx(away, own_service, replace=many_workers) as nginx, ThreadPoolExecutor(max_workers=8) as visitors:
         started_at = time.monotonic()
+        assert {get(nginx, "/history").status for _ in range(2)} == {200}
         assert {answer.status for answer in visitors.map(get, 64 * [nginx], 64 * ["/history"])} == {200}
         seconds = time.monotonic() - started_at
         assert 1 <= nginx.log.count("connect() failed") <= seconds + 1
@@ -364,9 +377,9 @@ def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(databas
         )
     try:
         wait_until(lambda: "Ctrl-C ends" in log.read_text() or not process.is_running())
-        printed = re.fullmatch(
+        printed = re.search(
             rf"Open http://127.0.0.1:{port} in a browser: nginx before http://127.0.0.1:(\d+) and http://127.0.0.1:(\d+)\.\n"
-            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n",
+            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n$",
             log.read_text(),
         )
         assert printed, log.read_text()
@@ -384,3 +397,147 @@ def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(databas
 def test_a_program_that_is_not_installed_is_named_with_its_package():
     with pytest.raises(RuntimeError, match="no-such-program is not installed: apt-get install no-such-program"):
         find_program("no-such-program")
+
+
+# Connections
+
+
+@pytest.fixture
+def pgbouncer(server, database):
+    """PgBouncer by pgbouncer.ini, with two server connections, before `database`: its URL."""
+    need("pgbouncer")
+    port, folder = free_port(), Path(server.base_dir)
+    settings = (FOLDER / "pgbouncer.ini").read_text()
+    for text, replacement in {
+        "port=5432": f"port={server.settings['port']}",
+        "listen_port = 6432": f"listen_port = {port}",
+        "auth_file = users.txt": f"auth_file = {folder}/users.txt",
+        "default_pool_size = 8": "default_pool_size = 2",
+    }.items():
+        assert text in settings, f"not in pgbouncer.ini: {text}"
+        settings = settings.replace(text, replacement)
+    (folder / "pgbouncer.ini").write_text(settings)
+    (folder / "users.txt").write_text(f'"postgres" "{server.password}"\n')
+    process = spawn([find_program("pgbouncer"), "--quiet", folder / "pgbouncer.ini"])
+    url = database.replace(f":{server.settings['port']}/", f":{port}/")
+    try:
+        wait_until(lambda: pools(url))
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def pools(url):
+    """Return the lines of SHOW POOLS, by database, as dictionaries; none if PgBouncer cannot be asked."""
+    with suppress(psycopg.OperationalError):
+        console = url.rpartition("/")[0] + "/pgbouncer"
+        with psycopg.connect(console, autocommit=True, row_factory=dict_row) as connection:
+            return {pool["database"]: pool for pool in connection.execute("SHOW POOLS")}
+
+
+def test_many_workers_share_few_server_connections(database, pgbouncer, verify):
+    sql(database, SLOW_VOTES)
+    with Service(pgbouncer, WEB_CONCURRENCY="4") as service, Load(service, voters=16) as load:
+        wait_until(lambda: len(load.acknowledged) > 200)
+        pool = pools(pgbouncer)[database.rpartition("/")[2]]
+    verify(load, service, statuses=(200, 303))
+    # PgBouncer keeps a server connection for ten minutes: these are all that it has made.
+    assert sum(number for name, number in pool.items() if name.startswith("sv_")) == 2
+
+
+# So that more statements are under way at once than there are connections.
+SLOW_VOTES = """
+    CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.05); RETURN NULL; END';
+    CREATE TRIGGER votes_wait BEFORE INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION wait();
+"""
+
+
+def test_a_password_reaches_pgbouncer_by_no_weaker_way_than_the_server(pgbouncer):
+    assert sql(f"{pgbouncer}?require_auth=scram-sha-256", "SELECT 1") == [(1,)]
+
+
+@pytest.mark.alone
+def test_what_a_voter_is_told_behind_pgbouncer_is_true(database, pgbouncer):
+    with Service(pgbouncer, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor() as visitors:
+        with psycopg.connect(database) as connection:
+            connection.execute("LOCK TABLE votes")
+            assert "was not counted" in vote(service).text
+            lost = visitors.submit(vote, service)
+            (pid,) = wait_until(lambda: backends(database, "wait_event_type = 'Lock'"))
+            sql(database, "SELECT pg_terminate_backend(%s)", pid)
+            assert "could not be confirmed" in lost.result().text
+        wait_until(lambda: vote(service).status == 303)
+    assert sql(database, "SELECT count(*) FROM votes") == [(1,)]
+
+
+def test_pgbouncer_tries_again_soon_after_a_login_that_failed(server, database, pgbouncer):
+    name = database.rpartition("/")[2]
+    sql(server.url(), f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    with pytest.raises(psycopg.OperationalError):
+        sql(pgbouncer, "SELECT 1")
+    sql(server.url(), f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+    def answers():
+        with suppress(psycopg.OperationalError):
+            return sql(pgbouncer, "SELECT 1")
+
+    wait_until(answers, seconds=8)
+
+
+# The server that dies
+
+
+@pytest.fixture
+def primary():
+    with LocalPostgres(durable=True) as primary:
+        yield primary
+
+
+@pytest.fixture
+def standby(primary):
+    """A server that has all of `primary`, which waits for it at every commit."""
+    folder = Path(primary.base_dir, "standby")
+    copy = [primary.bindir / "pg_basebackup", "--dbname", primary.url(), "--pgdata", folder / "data"]
+    assert spawn([*copy, "--write-recovery-conf", "--checkpoint=fast"]).wait() == 0
+    (folder / "password").write_text(primary.password)
+    with LocalPostgres(base_dir=folder, bindir=primary.bindir, durable=True) as standby:
+        for statement in guide("synchronous").split(";")[:-1]:
+            sql(primary.url(), statement)
+        wait_until(lambda: sql(primary.url(), "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
+        yield standby
+
+
+@pytest.fixture
+def both(primary, standby):
+    """URL of a database on whichever of the two takes votes, as the guide has it."""
+    addresses = [f"127.0.0.1:{server.settings['port']}" for server in (primary, standby)]
+    with new_database(primary) as url:
+        apply_schema(url)
+        yield url.replace(addresses[0], ",".join(addresses)) + "?target_session_attrs=read-write"
+
+
+def test_a_promoted_standby_has_every_acknowledged_vote(primary, standby, both, verify):
+    with Service(both) as service, Load(service, voters=8) as load:
+        wait_until(lambda: len(load.acknowledged) > 50)
+        kill(primary)
+        sql(standby.url(), guide("promote"))
+        promoted_at = time.monotonic()
+        wait_until(lambda: load.votes[-1].status == 303 and load.votes[-1].sent_at > promoted_at)
+    verify(load, service)
+
+
+@pytest.mark.alone
+def test_no_vote_is_acknowledged_that_the_standby_does_not_have(standby, both):
+    with Service(both, WEB_CONCURRENCY="1") as service:
+        wait_until(lambda: vote(service).status == 303)
+        with frozen(standby.server_pid):
+            assert "could not be confirmed" in vote(service).text
+        wait_until(lambda: vote(service).status == 303)
+
+
+def test_a_host_that_never_answers_is_passed_over(database):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = database.replace("@", f"@127.0.0.1:{silent.getsockname()[1]},")
+        with Service(url, WEB_CONCURRENCY="1") as service:
+            wait_until(lambda: vote(service).status == 303)
