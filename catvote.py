@@ -336,7 +336,7 @@ def insert(votes: list[str]) -> dict[str, Trouble | None]:
 def insert_together(votes: list[str]) -> Trouble | None:
     """Store votes by one statement, which stores all or none; return None if they are committed, else the Trouble."""
     try:
-        with connection_until(monotonic() + 3, cancel_patience=1) as connection:
+        with connection_until(monotonic() + 2, cancel_patience=1) as connection:
             connection.execute(INSERT, [votes])
     except Unavailable as error:
         return error.trouble
