@@ -125,6 +125,7 @@ def assert_exact(url):
 def test_the_service_runs_unchanged(cluster):
     sql(cluster.url, "TRUNCATE public.ballots, public.tally")
     cluster.apply_schema()
+    assert totals(cluster.url) == {"Gummi": 0, "Pita": 0}
     with Service(cluster.url) as service:
         assert get(service, "/").votes == {"Gummi": 0, "Pita": 0}
         voted = vote(service)
