@@ -7,9 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from local.postgres import read_dotenv, target
 from local.processes import as_command, wait_for
 from local.service import Service, check_settings
+from local.settings import read_dotenv
+from local.target import target
 
 SETTINGS = Path(__file__).with_name("nginx.conf")
 
@@ -71,11 +72,10 @@ def main():
         read_dotenv()
         port = check_settings()
         find_program("nginx")
-        environment = {**os.environ, "PORT": ""}  # the services' are any free ones
         with (
             target(exclusive=True) as database,
-            Service(database.url, to_terminal=True, **environment) as first,
-            Service(database.url, to_terminal=True, **environment) as second,
+            Service(database.url, to_terminal=True, PORT="") as first,
+            Service(database.url, to_terminal=True, PORT="") as second,
             Nginx(first, second, to_terminal=True, PORT=port) as nginx,
         ):
             print(f"Open {nginx.url} in a browser: nginx before {first.url} and {second.url}.")
