@@ -101,9 +101,9 @@ def test_a_wrong_method_is_405_with_the_right_ones(application, method, target, 
         get(application, target)  # so that the answer to GET is in memory
 
 
-@pytest.mark.parametrize("target", ["/", "/tally.json", "/history", "/healthz", "/static/pita.svg"])
+@pytest.mark.parametrize("target", ["/", "/tally.json", "/history", "/healthz", "/static/pita.svg", "{newest}"])
 def test_head_is_get_without_the_body(application, target):
-    heads = {}
+    target, heads = target.format(newest=application.catvote.static_url("pita.svg")), {}
     for method in "GET", "HEAD":
         answer = ask(application, method, target)
         assert answer.status == 200
@@ -461,7 +461,7 @@ def test_without_an_address_there_are_no_previews(application):
 )
 def test_only_developers_see_a_traceback(serve, shared_database, monkeypatch, value, shown):
     application = serve(shared_database, DEVELOPMENT=value)
-    monkeypatch.setattr(application.catvote.tally, "latest", lambda: 1 / 0)
+    monkeypatch.setattr(application.catvote.tally, "latest_reading", lambda: 1 / 0)
     answer = get(application, "/")
     assert answer.status == 500
     assert ("ZeroDivisionError" in answer.text) == shown
