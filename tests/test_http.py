@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from client import FORM, ask, chunked, get, vote
 from conftest import unsurprised
+from faults import backends, end_sessions
 from local.postgres import ROOT
 from local.processes import wait_until
 from local.service import Service, free_port
@@ -292,6 +293,14 @@ def test_votes_that_come_while_one_is_stored_are_stored_together(application, sh
     assert {answer.result().status for answer in answers} == {303}
     together = shared_connection.execute("SELECT count(*) FROM votes GROUP BY xmin::text ORDER BY 1").fetchall()
     assert together == [(1,), (19,)]
+
+
+def test_votes_that_are_stored_together_share_their_fate(application, shared_database):
+    with votes_held_up(application, shared_database, ["Pita"] * 5) as (_, answers):
+        for _ in "the first", "the others":
+            wait_until(lambda: backends(shared_database, "wait_event_type = 'Lock'"))
+            end_sessions(shared_database)  # they have the votes, and nobody says whether they stored them
+    assert [answer.result().unconfirmed for answer in answers] == [True] * 5
 
 
 def test_a_cat_that_is_gone_spoils_no_other_vote(serve, database):
