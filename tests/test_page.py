@@ -337,12 +337,13 @@ def test_a_cat_that_only_the_page_or_only_the_tally_knows_leaves_the_others_live
     ],
 )
 def test_server_and_script_show_the_same_and_it_makes_sense(visit, shared_connection, gummi, pita, shown):
-    parts = [cat / (gummi + pita or 1) for cat in (gummi, pita)]
+    share = gummi / (gummi + pita or 1)
+    expected = pytest.approx([0, share, share, pita / (gummi + pita or 1)], abs=0.01)
     cast(shared_connection, "Gummi", gummi)
     cast(shared_connection, "Pita", pita)
     page = visit("/?voted=Pita", clock=True, reduced_motion="reduce")
     expect(page.locator("form")).to_have_text(shown, use_inner_text=True)
-    assert shares(page) == pytest.approx(parts, abs=0.01)
+    assert parts(page) == expected
     assert page.get_by_text("No votes yet").is_visible() == (gummi + pita == 0)
 
     cast(shared_connection, "Gummi", 10_000)
@@ -351,14 +352,16 @@ def test_server_and_script_show_the_same_and_it_makes_sense(visit, shared_connec
     page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": gummi, "Pita": pita}))
     next_answer(page)
     expect(page.locator("form")).to_have_text(shown, use_inner_text=True)
-    assert shares(page) == pytest.approx(parts, abs=0.01)
+    assert parts(page) == expected
 
 
-def shares(page):
-    """Return which part of the share bar each cat has."""
-    return page.locator(".bar").evaluate(
-        "bar => [...bar.querySelectorAll('[data-bar]')].map((part) => part.getBBox().width / bar.clientWidth)"
-    )
+def parts(page):
+    """Return where each cat's part of the share bar begins and how wide it is, the whole being 1."""
+    return page.locator(".bar").evaluate("""
+        bar => [...bar.querySelectorAll("[data-bar]")]
+            .map((part) => part.getBBox())
+            .flatMap((box) => [box.x / bar.clientWidth, box.width / bar.clientWidth])
+    """)
 
 
 # History
