@@ -12,14 +12,13 @@ from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
-from altered import READ_FOR_EACH_PAGE, AlteredService
 from checkout import Running, copy_of_project
 from faults import backends, most_at_once, sql
 from inprocess import InProcess
 from local.postgres import LocalPostgres, apply_schema
 from local.processes import server_account, wait_until
-from local.programs import programs_of
 from local.service import Service, free_port
+from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
 
@@ -207,18 +206,7 @@ def application(serve, shared_database):
     return serve(shared_database)
 
 
-# Old names, until every test has changed over.
-
-
-@pytest.fixture(scope="module")
-def prompt_service(shared_database):
-    """The service on `shared_database`, one worker that makes each page of what the database says at that moment."""
-    with AlteredService(shared_database, READ_FOR_EACH_PAGE) as service:
-        yield service
-
-
-rows = shared_connection
-stored = collect = take_votes
+stored = take_votes  # its old name, until every test has changed over
 
 
 @pytest.fixture

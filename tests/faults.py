@@ -16,7 +16,7 @@ from local.processes import wait_until  # noqa: F401 (until the tests import it 
 def sql(url, statement, *parameters):
     """Run a statement on a connection of its own; return its rows."""
     with psycopg.connect(url, autocommit=True, connect_timeout=2) as connection:
-        cursor = connection.execute(statement, parameters)
+        cursor = connection.execute(statement, parameters or None)
         return cursor.fetchall() if cursor.description else []
 
 

@@ -299,6 +299,18 @@ def test_a_database_that_takes_longer_to_connect_to_serves_within_the_patience_o
         assert get(service, "/?voted=Pita").votes["Pita"] == 1
 
 
+def test_a_server_that_never_answered_is_asked_again(database):
+    with (
+        Network(database, delay=40) as network,
+        unsurprised(Service(network.url, WEB_CONCURRENCY="1")) as service,
+    ):
+        for target in "/", "/history":
+            assert get(service, target).status == 503
+        assert vote(service).not_counted
+        network.delay = 0
+        wait_until(lambda: vote(service).status == 303, seconds=10)
+
+
 @pytest.fixture
 def voter(server, database):
     """Name of a role that may only vote and read, but has no connection left; `database` is its as well."""
