@@ -175,11 +175,10 @@ def test_everybodys_pages_are_asked_for_once_a_second_whatever_host_visitors_nam
     assert not any(b".example" in answer.body for answer in answers)
 
 
-@pytest.mark.parametrize("path", EVERYBODYS)
-def test_many_who_ask_at_once_for_a_page_that_nobody_has_yet_cost_one_request(nginx, services, path):
+def test_many_who_ask_at_once_for_a_page_that_nobody_has_yet_cost_one_request(nginx, services):
     with ThreadPoolExecutor(max_workers=20) as visitors:
         with frozen(services[0].process.pid), frozen(services[1].process.pid):
-            answers = [visitors.submit(get, nginx, path) for _ in range(20)]
+            answers = [visitors.submit(get, nginx) for _ in range(20)]
             time.sleep(0.5)
         caches = sorted(answer.result().headers["X-Cache"] for answer in answers)
     assert caches == 19 * ["HIT"] + ["MISS"]
@@ -195,7 +194,7 @@ def test_the_first_visitor_after_a_quiet_time_sees_the_present(nginx):
 
 @pytest.mark.alone
 def test_slow_visitors_by_the_hundred_hold_up_nobody_and_are_sent_away(services):
-    patience = {f"client_{part}_timeout 10s": f"client_{part}_timeout 5s" for part in ("header", "body")}
+    patience = {f"client_{part}_timeout 10s": f"client_{part}_timeout 3s" for part in ("header", "body")}
     nginx = Nginx(*services, replace={"worker_processes auto": "worker_processes 1", **patience})
     nginx.command = f"sh -c 'ulimit -Sn 500; exec {nginx.command}'"
     with nginx, ExitStack() as stack:
@@ -279,6 +278,16 @@ def test_pages_go_on_while_services_have_no_database(nginx, services, service_wi
         assert (answer.status, answer.headers["X-Cache"], answer.body) == (200, "STALE", before[path])
 
 
+def test_a_tally_that_the_service_calls_outdated_is_called_so_by_nginx(server, database, own_service):
+    name = database.rpartition("/")[2]
+    with Nginx(own_service, own_service) as nginx:
+        assert get(nginx, "/tally.json").headers["Age"] is None
+        sql(server.url(), f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        sql(server.url(), "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", name)
+        outdated = wait_until(lambda: get(nginx, "/tally.json").headers.get_all("Age"))
+    assert len(outdated) == 1
+
+
 def reload(nginx, settings):
     """Give nginx other settings, as the guide says, and return when its old workers have ended."""
     get(nginx)  # its workers come after its port
@@ -309,7 +318,6 @@ def test_a_vote_that_a_frozen_service_has_could_not_be_confirmed_and_is_stored_o
     assert late + take_votes() == ["Pita", "Gummi", "Gummi"]
 
 
-@pytest.mark.alone
 def test_a_vote_that_a_dying_service_has_is_not_sent_to_the_other(database, own_service):
     with (
         Service(database, WEB_CONCURRENCY="1") as first,
@@ -475,7 +483,6 @@ def test_a_password_reaches_pgbouncer_by_no_weaker_way_than_the_server(pgbouncer
     assert sql(f"{pgbouncer}?require_auth=scram-sha-256", "SELECT 1") == [(1,)]
 
 
-@pytest.mark.alone
 def test_what_a_voter_is_told_behind_pgbouncer_is_true(database, pgbouncer):
     with Service(pgbouncer, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor() as visitors:
         with psycopg.connect(database) as connection:
@@ -545,7 +552,6 @@ def test_a_promoted_standby_has_every_acknowledged_vote(primary, standby, both, 
     verify(load, service)
 
 
-@pytest.mark.alone
 def test_no_vote_is_acknowledged_that_the_standby_does_not_have(standby, both):
     with Service(both, WEB_CONCURRENCY="1") as service:
         wait_until(lambda: vote(service).status == 303)
