@@ -153,6 +153,7 @@ def test_days_are_those_of_the_reader(cluster):
 
 def test_a_role_may_be_allowed_to_vote_and_no_more(cluster):
     cluster.psql(guide("role"))
+    forged = "CREATE TRIGGER forged BEFORE DELETE ON mine FOR EACH ROW EXECUTE FUNCTION public.change_vote()"
     for node in cluster.nodes:
         url = node.url().replace(f"postgres:{node.password}", "voter:another password".replace(" ", "%20"))
         with Service(url, WEB_CONCURRENCY="1") as service:
@@ -163,8 +164,7 @@ def test_a_role_may_be_allowed_to_vote_and_no_more(cluster):
         for forbidden in (
             "DELETE FROM public.votes",
             "INSERT INTO public.tally VALUES (now(), 'Pita', 1, 1000)",
-            "CREATE TEMP TABLE mine (vote text);"
-            "CREATE TRIGGER forge BEFORE DELETE ON mine FOR EACH ROW EXECUTE FUNCTION public.change_vote()",
+            f"CREATE TEMP TABLE mine (vote text); {forged}",
         ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 sql(url, forbidden)
@@ -269,6 +269,20 @@ def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(clus
     assert_exact(cluster.url)
     assert {answer.status for answer in load.answers} == {200, 303}
     assert sum(totals(cluster.url).values()) == 20000 + len(load.acknowledged)
+
+
+def test_two_recounts_take_turns_and_no_vote_waits_for_them(cluster):
+    past_the_view = "INSERT INTO public.ballots (slot, row_id, vote) VALUES (99, 1, 'Pita')"
+    sql(cluster.url, past_the_view)
+    with psycopg.connect(cluster.url) as first, ThreadPoolExecutor() as threads:
+        first.execute("SELECT public.recount_votes()")
+        second = threads.submit(sql, cluster.nodes[1].url(), "SELECT public.recount_votes()")
+        wait_until(lambda: somebody_waits(cluster))
+        sql(cluster.url, "SET lock_timeout = '5s'; INSERT INTO public.votes (vote) VALUES ('Pita')")
+        first.commit()
+        second.result()
+    assert_exact(cluster.url)
+    assert totals(cluster.url)["Pita"] == 2
 
 
 # Nodes
