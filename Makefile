@@ -7,19 +7,22 @@ PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 /usr/bin/python3 /
 unexport $(filter PYTHON%,$(.VARIABLES))
 export PYTHONPATH = $(CURDIR):$(CURDIR)/tests
 
-# tests/local/postgres.py tells psql where the database is. Another command, as in
-# make initdb PSQL='heroku pg:psql', knows that itself, is fed the same SQL, and needs no packages.
+# tests/local/target.py tells psql where the database is. Another command, as in make initdb PSQL='heroku pg:psql'
+# or PSQL="psql 'host=h dbname=d'", knows that itself, is fed the same SQL, and needs no packages.
 ifneq ($(filter command environment,$(origin PSQL)),)
 WITH_DATABASE = sh -c
-DATABASE = the database of $(PSQL)
+DATABASE = the database of $$PSQL
 INITDB = { echo '\set ON_ERROR_STOP on'; cat schema.sql; } | $(PSQL)
 else
 PSQL = psql -Xq
-WITH_DATABASE = .venv/bin/python -m local.postgres sh -c
+WITH_DATABASE = .venv/bin/python -m local.target sh -c
 DATABASE = database $${PGDATABASE:-of that user} on $${PGHOST:-this machine}
 INITDB = exec .venv/bin/python -m local.initdb
 NEEDED = packages
 endif
+
+PYTEST = .venv/bin/python -m pytest
+AT_ONCE = -n 4 --dist worksteal -m "not alone"
 
 define REPORT
 SELECT vote, votes, repeat('█', (40 * votes / greatest(max(votes) OVER (), 1))::int) AS share
@@ -30,13 +33,10 @@ endef
 
 define DROP
 \set ON_ERROR_STOP on
-BEGIN;
-DROP VIEW IF EXISTS public.vote_totals, public.votes_by_day, public.votes_by_hour CASCADE;
 DROP TABLE IF EXISTS public.votes, public.tally CASCADE;
 DROP FUNCTION IF EXISTS public.count_votes(), public.recount_votes() CASCADE;
-COMMIT;
 endef
-export REPORT DROP
+export REPORT DROP PSQL
 
 .PHONY: help install packages test-packages run dev check test initdb dropdb report bench scale diagrams card clean
 
@@ -61,25 +61,25 @@ dev: export DEVELOPMENT = 1
 run dev: packages
 	@exec .venv/bin/python -m local.service
 
-check: test-packages ## Find out in half a minute whether a change is sound: code style, schema, HTTP
+check: test-packages ## Find out in 20 seconds whether a change is sound: code style, schema, HTTP
 	@.venv/bin/ruff check && .venv/bin/ruff format --check
-	@exec .venv/bin/python -m pytest -n 4 --dist worksteal tests/test_schema.py tests/test_http.py
+	@exec $(PYTEST) $(AT_ONCE) tests/test_schema.py tests/test_http.py
 
-test: test-packages ## Run all tests
-	@exec .venv/bin/python -m pytest -n 4 --dist worksteal tests
+test: test-packages ## Run all tests: four at a time, then one by one those that depend on time
+	@$(PYTEST) $(AT_ONCE) tests; status=$$?; $(PYTEST) -m alone tests && exit $$status
 
 initdb: $(NEEDED) ## Apply schema.sql to the database, again and again if you like
 	@$(INITDB)
 
 dropdb: $(NEEDED) ## Drop what schema.sql made, votes and all; asks first
 	@exec $(WITH_DATABASE) 'printf "All votes in %s will be lost. Type yes to go on: " "$(DATABASE)"; \
-	read answer; [ "$$answer" = yes ] || { echo "Nothing was dropped."; exit 1; }; echo "$$DROP" | $(PSQL)'
+	read answer; [ "$$answer" = yes ] || { echo "Nothing was dropped."; exit 1; }; echo "$$DROP" | eval "$$PSQL"'
 
 report: $(NEEDED) ## Show the votes, in total and by day
-	@exec $(WITH_DATABASE) 'echo "$$REPORT" | $(PSQL)'
+	@exec $(WITH_DATABASE) 'echo "$$REPORT" | eval "$$PSQL"'
 
-bench: test-packages ## Measure how much the service bears
-	@exec .venv/bin/python -m bench
+bench: test-packages ## Measure how much the service bears; make bench BESIDE=FOLDER: beside another checkout
+	@exec .venv/bin/python -m bench $(if $(BESIDE),--beside "$(BESIDE)") $(BENCH)
 
 scale: packages ## Serve as make run does, by two services behind nginx
 	@exec .venv/bin/python -m scale.nginx
@@ -88,7 +88,7 @@ diagrams: ## Draw static/structure.svg from its source, by Graphviz
 	dot -Tsvg -o static/structure.svg static/structure.dot
 
 card: test-packages ## Draw static/card.png, for links in chats, from the two cats
-	@exec .venv/bin/python tests/card.py
+	@exec .venv/bin/python -m local.card
 
 clean: ## Remove the packages and all caches; the votes, in .postgres/, stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

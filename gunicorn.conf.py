@@ -4,32 +4,42 @@ Heroku's web dynos, `make run` and `gunicorn catvote:app` all start with these. 
 reads PORT and GUNICORN_CMD_ARGS from the environment; the latter wins over this file.
 """
 
+import glob
+import logging
 import os
+import resource
+import runpy
 import signal
 import socket
 import sys
+import time
 import traceback
+from collections import deque
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from math import inf
 from pathlib import Path
 from select import POLLIN, poll
+from selectors import EVENT_READ
 
-from gunicorn.util import close_graceful
-from gunicorn.workers.gthread import ThreadWorker
+from gunicorn.workers import gthread
 
-import catvote
-
-# A wrong DATABASE_URL ends the start with one line: a worker that finds out would be started again and again.
-try:
-    catvote.database_url()
-except ValueError as error:
-    sys.exit(f"catvote: {error}")
-# Workers import the module anew, also those of a later reload.
-del sys.modules["catvote"]
+FOLDER = Path(__file__).resolve().parent
 
 workers = int(os.environ.get("WEB_CONCURRENCY") or 2)
 
 # Threads cost little and a slow visitor holds one; database connections, which cost, are
-# fewer: see the pools in catvote.py.
+# fewer: see the pool in catvote.py.
 threads = 64
+
+# Each connection is an open file, and a worker has some forty others at most. Usual limits (1,024, 256 on macOS) are
+# meant to be raised by programs that need more; beyond what is left, visitors wait to be accepted.
+soft_limit, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+if soft_limit < 2048:
+    soft_limit = min(2048, hard_limit)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft_limit, hard_limit))
+worker_connections = min(1000, soft_limit - 50)
 
 # Longer than a router in front keeps its connections (Heroku's: 90 s), so that it never
 # sends a request into a connection just closed.
@@ -41,31 +51,137 @@ graceful_timeout = 25
 forwarder_headers = ""
 control_socket_disable = True
 
-# Reload on save.
-FOLDER = Path(__file__).resolve().parent
-reload = bool(os.environ.get("DEVELOPMENT"))
-if reload:
-    files = [FOLDER / "catvote.py", *FOLDER.glob("views/*"), *FOLDER.glob("static/**/*")]
-    reload_extra_files = [str(file) for file in files if file.is_file()]
+# Reload on save; the rule is that of catvote.DEVELOPMENT.
+reload = os.environ.get("DEVELOPMENT", "").lower() in ("1", "true", "yes", "on")
+reload_extra_files = [glob.escape(str(FOLDER)) + files for files in ("/catvote.py", "/views/*", "/static/**/*")]
 
 
-class Worker(ThreadWorker):
-    """gunicorn's gthread worker, with amendments that were checked against gunicorn 27.0.1."""
+def on_starting(server):
+    """End the start if DATABASE_URL is wrong: workers that find out would be started again and again.
 
-    def handle(self, conn):
+    catvote.py is run here and not imported, since workers would inherit the module, also those of a later reload.
+    """
+    try:
+        runpy.run_path(str(FOLDER / "catvote.py"))["database_url"]()
+    except ValueError as error:
+        server.log.error("%s", error)
+        sys.exit(1)
+    # Until a worker has handlers of its own, what the master sends ends it: the master's, inherited, would swallow it.
+    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, MASTERS_SIGNALS)
+    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, MASTERS_SIGNALS)
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=end_by_signals)
+
+
+MASTERS_SIGNALS = [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1]
+
+
+def end_by_signals():
+    for number in MASTERS_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTERS_SIGNALS)
+
+
+def post_fork(server, worker):
+    """Log what the application and its libraries have to say where gunicorn logs its errors, and in the same form."""
+    logging.basicConfig(handlers=logging.getLogger("gunicorn.error").handlers)
+
+
+class Worker(gthread.ThreadWorker):
+    """gunicorn's gthread worker, with amendments that were checked against gunicorn 27.0.1.
+
+    Its main thread accepts visitors, watches all of whom no request is under way, and hands on the others to its
+    threads. In gunicorn's the main thread, and so everybody, waits for single visitors; in this one it does not.
+    """
+
+    def init_process(self):
+        self.serving = {}  # visitors who have a thread or queue for one, and when they have had it for too long
+        self.leaving = deque()  # visitors who have their last answer
+        super().init_process()
+
+    def accept(self, listener):
+        """Accept a visitor, who gets a thread with the first words; gunicorn gives silent ones a thread for 5 s."""
+        try:
+            visitor, address = listener.accept()
+        except BlockingIOError:  # the other worker was faster
+            return
+        except OSError as error:  # too many open files, for example: gunicorn's worker ends
+            self.log.warning("cannot accept a visitor: %s", error)
+            time.sleep(0.1)
+            return
+        conn = gthread.TConn(self.cfg, visitor, address, listener.getsockname())
+        conn.set_timeout()
+        self.nr_conns += 1
+        self.pending_conns.append(conn)
+        self.poller.register(visitor, EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def enqueue_req(self, conn):
+        """Let a thread serve a visitor; if no further one can start, one of those that there are (gunicorn ends)."""
+        self.serving[conn] = inf
+        with suppress(RuntimeError):  # the executor has queued the visitor before it tried
+            self.tpool.submit(self.serve, conn)
+
+    def serve(self, conn):
         """Serve a visitor's requests, and wait a moment for the next of them in the same thread.
 
-        The way through the main thread to the next free one costs a quarter of the CPU of a page. Guarded by
-        test_a_thread_waits_for_its_visitors_next_request.
+        The way through the main thread to the next free one costs a quarter of the CPU of a page.
         """
-        keep = super().handle(conn)
-        while keep is True and self.nr_conns <= self.cfg.threads and next_request_comes(conn.sock):
-            keep = super().handle(conn)
-        if keep is False:
-            # gunicorn gives a visitor 2 s to hang up, in the one thread that accepts connections. Here that time
-            # is spent on a copy of the socket; guarded by test_visitors_who_do_not_hang_up_hold_up_nobody.
-            close_graceful(conn.sock.dup())
-        return keep
+        keep = self.handle(conn)
+        while keep and len(self.serving) <= self.cfg.threads and next_request_comes(conn):
+            keep = self.handle(conn)
+        del self.serving[conn]
+        if keep:
+            handled = Future()
+            handled.set_result(keep)
+            self.method_queue.defer(self.finish_request, conn, handled)
+        else:
+            self.method_queue.defer(self.see_off, conn)
+
+    def handle(self, conn):
+        self.serving[conn] = time.monotonic() + TOO_LONG
+        return super().handle(conn)
+
+    def see_off(self, conn):
+        """Read on until a visitor who has the last answer hangs up, for 2 s at most; close the connection then.
+
+        Closed while something is unread, it would be reset, and the answer lost (RFC 9112, section 9.6). gunicorn
+        reads on for one visitor after the other.
+        """
+        conn.timeout = time.monotonic() + 2
+        self.leaving.append(conn)
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.setblocking(False)
+            self.poller.register(conn.sock, EVENT_READ, partial(self.read_on, conn))
+        except (OSError, ValueError):  # it is closed already
+            self.close(conn)
+
+    def read_on(self, conn, connection):
+        with suppress(OSError):
+            if connection.recv(65536):
+                return
+        self.close(conn)
+
+    def close(self, conn):
+        with suppress(KeyError, ValueError):
+            self.poller.unregister(conn.sock)
+        self.leaving.remove(conn)
+        self.nr_conns -= 1
+        conn.close()
+
+    def murder_pending(self):
+        """Close what has been open for too long; gunicorn calls this at least once a second."""
+        now = time.monotonic()
+        while self.leaving and self.leaving[0].timeout < now:
+            self.close(self.leaving[0])
+        # Somebody who lost the network in mid-request would keep a thread for ever.
+        for conn, end in list(self.serving.items()):
+            if end < now:
+                with suppress(OSError):
+                    conn.sock.shutdown(socket.SHUT_RDWR)
+        if not self.alive:  # gunicorn waits until graceful_timeout for those who have said nothing yet
+            for conn in self.pending_conns:
+                conn.timeout = min(conn.timeout, now + 2)
+        super().murder_pending()
 
     def load_wsgi(self):
         """With `make dev`, show an exception at import, whatever it is (sys.exit, too), until it is mended.
@@ -83,11 +199,17 @@ class Worker(ThreadWorker):
 
 worker_class = Worker
 
+TOO_LONG = 30  # seconds for a request and its answer
+# After an answer that needed only a part of what the visitor sends, a thread reads on for so many seconds.
+gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.05
 
-def next_request_comes(connection: socket.socket) -> bool:
-    """Return whether a visitor sends something within 50 milliseconds."""
+
+def next_request_comes(conn):
+    """Return whether a visitor has sent more, or does so within 50 milliseconds."""
+    if conn.parser.unreader.buf.getvalue():  # read together with the request before
+        return True
     visitor = poll()
-    visitor.register(connection, POLLIN)
+    visitor.register(conn.sock, POLLIN)
     return bool(visitor.poll(50))
 
 
@@ -99,8 +221,3 @@ def page_with(text):
         return [text.encode()]
 
     return application
-
-
-def post_fork(server, worker):
-    """Let SIGTERM end a worker that has no handlers of its own yet: the master's, inherited, would swallow it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -5,17 +5,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import urlopen
 
-import pytest
+import psutil
 from client import votes_on
-from local.install import identity, requirements, stamp_of
-from local.postgres import ROOT
-from local.service import free_port
+from local import ROOT
+from local.install import STAMP, identity, requirements, stamp_of
+from local.processes import wait_until
+from local.service import Service
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def lend_packages(folder: Path) -> None:
         environment.mkdir()
         for name in "bin", "lib", "pyvenv.cfg":
             environment.joinpath(name).symlink_to(Path(sys.prefix, name))
-    environment.joinpath("made-for").write_text(identity(folder))
+    folder.joinpath(STAMP).write_text(identity(folder))
     for file in "tests/local/requirements.txt", "tests/requirements.txt":
         stamp_of(folder, file).write_text(requirements(folder))
 
@@ -54,53 +54,31 @@ def environment(folder: Path, **settings: str) -> dict[str, str]:
 
 def make(folder: Path, *arguments: str, answer: str = "", **settings: str) -> subprocess.CompletedProcess:
     """Run make to its end; return its status, output and errors as text."""
+    return run(["make", *arguments], folder, answer, **settings)
+
+
+def run(command: list[str], folder: Path, answer: str = "", **settings: str) -> subprocess.CompletedProcess:
+    """Run a command in a folder to its end; return its status, output and errors as text."""
     variables = environment(folder, **settings)
-    command = ["make", *arguments]
     return subprocess.run(command, cwd=folder, env=variables, input=answer, capture_output=True, text=True, timeout=90)
 
 
-class Running:
-    """A command that serves, from when it says that it is ready; a context manager that ends it with SIGTERM.
+def only_line(text: str) -> str:
+    """Return the one line of a text about what is wrong, of which there must be no more."""
+    (line,) = [line for line in text.splitlines() if not line.startswith(("The votes are kept in", "make: ***"))]
+    return line
 
-    One worker does, unless the settings say otherwise.
-    """
 
-    def __init__(self, folder: Path, command=("make", "run"), ready="Open http", **settings: str):
-        self.folder = folder
-        self.command = command
+class Running(Service):
+    """A verb that serves, with one worker unless the settings say otherwise; ready when it says so."""
+
+    def __init__(self, folder: Path, command: str = "make run", ready: str = "Open http", **settings: str):
+        super().__init__(None, command=command, folder=folder, **settings)
         self.ready = ready
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = {"PORT": str(self.port), "WEB_CONCURRENCY": "1", **settings}
-        self.log = tempfile.NamedTemporaryFile()
+        self.environment = environment(folder, **{"PORT": str(self.port), "WEB_CONCURRENCY": "1", **settings})
 
-    def __enter__(self):
-        self.process = subprocess.Popen(
-            self.command,
-            cwd=self.folder,
-            env=environment(self.folder, **self.settings),
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=self.log,
-            start_new_session=True,
-        )
-        for _ in range(600):
-            if self.ready in self.output:
-                return self
-            assert self.process.poll() is None, self.output
-            time.sleep(0.05)
-        self.__exit__()
-        pytest.fail(f"It is not ready: {self.output}")
-
-    def __exit__(self, *_):
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait(timeout=40)
-
-    @property
-    def output(self) -> str:
-        """What it has printed so far."""
-        return Path(self.log.name).read_text()
+    def is_ready(self) -> bool:
+        return self.ready in self.log
 
     def page(self, vote: str | None = None) -> str:
         """Return the page, as made from the database; with `vote` the one that follows that vote."""
@@ -113,18 +91,16 @@ class Running:
         return votes_on(self.page(vote))["Pita"]
 
 
-def left_behind(folder: Path, seconds: int = 5) -> list[str]:
-    """Return command lines of processes that were started in that folder and still run after some seconds."""
-    for _ in range(seconds * 10):
-        remaining = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                command = process.joinpath("cmdline").read_bytes()
-                if bytes(folder) in command + process.joinpath("environ").read_bytes():
-                    remaining.append(command.replace(b"\0", b" ").decode())
-            except OSError:  # ended meanwhile
-                continue
-        if not remaining:
-            break
-        time.sleep(0.1)
-    return remaining
+def nothing_runs_in(folder: Path) -> bool:
+    """Wait until all processes that were started in that folder have ended, and return True."""
+    return wait_until(lambda: not processes_in(folder))
+
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Return the processes that were started in that folder and still run."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if str(folder) in " ".join([*process.cmdline(), *process.environ().values()]):
+                found.append(process)
+    return found

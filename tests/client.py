@@ -28,6 +28,18 @@ class Answer:
         """The count that the page shows for each cat."""
         return votes_on(self.text)
 
+    @property
+    def not_counted(self):
+        return self.status == 503 and "vote was not counted" in self.text
+
+    @property
+    def unconfirmed(self):
+        return self.status in (502, 503, 504) and "vote could not be confirmed" in self.text  # 503: the service's own
+
+    @property
+    def outdated(self):
+        return bool(re.search('<p id="outdated" *>[^<]*these are the last known votes', self.text))
+
 
 def votes_on(page):
     """Return the count that a page, as text, shows for each cat."""

@@ -31,8 +31,7 @@ class InProcess:
 
     def close(self):
         """End the connections to the database."""
-        self.catvote.page_pool.close()
-        self.catvote.vote_pool.close()
+        self.catvote.pool().close()
 
     def __call__(self, environ, start_response):
         return self.application(environ, start_response)

@@ -1,6 +1,5 @@
 """Visitors by the dozen, who vote and look at pages over connections that they keep, and the log of what they got."""
 
-import re
 import time
 from dataclasses import dataclass
 from email.message import Message
@@ -11,6 +10,7 @@ from threading import Event, Thread
 from urllib.parse import urlencode
 
 from client import Answer
+from local.processes import wait_until
 
 CATS = ("Gummi", "Pita")
 
@@ -35,18 +35,6 @@ class Visit(Answer):
         return self.ended_at - self.sent_at
 
     @property
-    def not_counted(self):
-        return self.status == 503 and "vote was not counted" in self.text
-
-    @property
-    def unconfirmed(self):
-        return self.status in (502, 503, 504) and "vote could not be confirmed" in self.text  # 503: the service's own
-
-    @property
-    def outdated(self):
-        return bool(re.search('<p id="outdated" *>[^<]*these are the last known votes', self.text))
-
-    @property
     def total(self):
         """The sum of the counts on the page."""
         return sum(self.votes.values())
@@ -63,7 +51,7 @@ class Load:
     `answers` is the log.
     """
 
-    WATCHED = ("/", "/static/icon.svg", "/healthz")
+    WATCHED = ("/", "/history", "/static/icon.svg", "/healthz")
 
     def __init__(self, *services, voters=24, watchers=2, pause=0.2):
         self.services, self.answers, self.pause = services, [], pause
@@ -116,6 +104,11 @@ class Load:
         answer = Visit(status, headers, body, path, cat, kept, sent_at, time.monotonic())
         self.answers.append(answer)
         return answer
+
+    def go_on(self, votes):
+        """Return when so many more votes have been acknowledged."""
+        goal = len(self.acknowledged) + votes
+        wait_until(lambda: len(self.acknowledged) >= goal)
 
     @property
     def votes(self):

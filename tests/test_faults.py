@@ -1,22 +1,28 @@
 """A 303 is a promise, and nobody waits on a dead database: real faults in real processes, under load.
 
-Each test ends in `verify`, which compares what the visitors were told with the rows.
+Most tests end in `verify`, which compares what the visitors were told with the rows.
 """
 
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
+from threading import Thread
 
 import psutil
 import psycopg
 import pytest
-from conftest import new_database
-from faults import backends, frozen, kill, recovery, sql, wait_until, workers
+from client import get, vote
+from conftest import missing, new_database, unsurprised
+from faults import Network, backends, end_sessions, frozen, kill, recovery, sql
 from load import Load
-from local.postgres import ROOT, LocalPostgres, apply_schema
+from local.postgres import LocalPostgres, apply_schema
+from local.processes import server_account, wait_until
 from local.service import Service
 
 
@@ -36,13 +42,23 @@ def database(server):
         yield url
 
 
+@pytest.fixture
+def worker(database):
+    """The service on `database`, as one worker: a Service."""
+    with unsurprised(Service(database, WEB_CONCURRENCY="1")) as service:
+        yield service
+
+
+WAITING = "wait_event_type = 'Lock'"
+
 # The server
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("stop", [kill, LocalPostgres.terminate], ids=["killed", "restarted"])
 def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, verify, stop):
     with Service(database) as service, Load(service, watchers=8) as load:
-        time.sleep(2)
+        load.go_on(votes=100)
         failing_at = time.monotonic()
         stop(server)
         down_at = time.monotonic()
@@ -50,9 +66,9 @@ def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, ve
         outage = down_at + 1, time.monotonic()
         server.start()
         up_at = time.monotonic()
-        time.sleep(4)
+        load.go_on(votes=300)
     recovered = recovery(load, up_at)
-    verify(load, service, page_seconds=2, recovered=f"{recovered:.1f} s")
+    verify(load, service, recovered=f"{recovered:.1f} s")
     assert recovered < 3
     assert {health.status for health in load.pages("/healthz", *outage)} == {503}
     known = sum(vote.ended_at < failing_at - 1 for vote in load.acknowledged)
@@ -61,7 +77,7 @@ def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, ve
     for page in pages:
         assert page.status == 200
         assert page.outdated
-        assert page.total >= known > 0
+        assert page.total >= known
     assert not any(page.outdated for page in load.pages("/", up_at + 3, time.monotonic()))
 
 
@@ -69,30 +85,27 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
     with Service(database) as service:
         with Load(service, pause=0) as load, psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            # Two for votes and one for pages, of a worker if not of both.
-            wait_until(lambda: len(backends(database)) >= 3)
+            wait_until(lambda: len(backends(database)) >= 3)  # so more than one of a worker
             connection.rollback()
         server.terminate()
         server.start()
         with Load(service) as later:
-            time.sleep(2)
+            later.go_on(votes=100)
     load.answers += later.answers
     verify(load, service, statuses=(200, 303))
 
 
 def test_the_service_starts_before_its_server(server, database, verify):
     server.terminate()
-    started_at = time.monotonic()
-    with Service(database) as service, Load(service, watchers=30) as load:
+    with Service(database) as service, Load(service, watchers=20) as load:
         listening_at = time.monotonic()
-        time.sleep(4)
-        outage = started_at, time.monotonic()
+        time.sleep(3)
+        outage = listening_at, time.monotonic()
         server.start()
         up_at = time.monotonic()
-        time.sleep(4)
+        load.go_on(votes=200)
     recovered = recovery(load, up_at)
-    verify(load, service, page_seconds=4, recovered=f"{recovered:.1f} s")
-    assert listening_at - started_at < 10
+    verify(load, service, recovered=f"{recovered:.1f} s")
     assert recovered < 3
     assert {health.status for health in load.pages("/healthz", *outage)} == {503}
     pages = load.pages("/", *outage)
@@ -102,134 +115,295 @@ def test_the_service_starts_before_its_server(server, database, verify):
 
 def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
-        time.sleep(2)
+        load.go_on(votes=500)
         with frozen(server.server_pid):
             time.sleep(9)  # longer than a vote may take
         thawed_at = time.monotonic()
-        time.sleep(4)
+        load.go_on(votes=1000)
     recovered = recovery(load, thawed_at)
-    figures = verify(load, service, page_seconds=2, recovered=f"{recovered:.1f} s")
+    figures = verify(load, service, recovered=f"{recovered:.1f} s")
     assert recovered < 3
     assert figures["unconfirmed"] > 0
     assert figures["not counted"] > 0
 
 
+@pytest.mark.alone
 def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify):
     with Service(database) as service, Load(service) as load:
-        time.sleep(1)
+        load.go_on(votes=50)
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             locked_at = time.monotonic()
             time.sleep(9)  # longer than a vote may take
         freed_at = time.monotonic()
-        time.sleep(2)
+        load.go_on(votes=200)
     recovered = recovery(load, freed_at)
-    figures = verify(load, service, page_seconds=2, recovered=f"{recovered:.1f} s")
+    figures = verify(load, service, recovered=f"{recovered:.1f} s")
     assert recovered < 1
     assert figures["unconfirmed"] == 0
+    assert figures["not counted"] > 0
     assert not any(page.outdated for page in load.pages("/", locked_at, freed_at))
     assert "canceling statement" in service.log
 
 
-def test_a_read_only_server_counts_no_vote(server, database, verify):
-    with Service(database) as service, Load(service) as load:
-        time.sleep(1)
-        sql(server.url(), "ALTER SYSTEM SET default_transaction_read_only = on")
-        sql(server.url(), "SELECT pg_reload_conf()")
-        time.sleep(2)
-        read_only = load.votes[-100:]
-        sql(server.url(), "ALTER SYSTEM RESET default_transaction_read_only")
-        sql(server.url(), "SELECT pg_reload_conf()")
-        writable_at = time.monotonic()
-        time.sleep(3)
-    recovered = recovery(load, writable_at)
-    verify(load, service, recovered=f"{recovered:.1f} s")
-    assert recovered < 3
-    assert all(vote.not_counted for vote in read_only)
-
-
-def test_a_vote_whose_server_process_died_could_not_be_confirmed(server, database, verify):
+def test_a_vote_whose_server_process_died_could_not_be_confirmed(database, verify):
     with Service(database) as service, Load(service, voters=1, watchers=0) as load:
-        wait_until(lambda: load.acknowledged)
+        load.go_on(votes=1)
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            (pid,) = wait_until(lambda: backends(database, "wait_event_type = 'Lock'"))
+            (pid,) = wait_until(lambda: backends(database, WAITING))
             psutil.Process(pid).suspend()
         psutil.Process(pid).kill()  # it has the vote and may have stored it: only the server knows
         wait_until(lambda: load.votes[-1].status != 303)
         died = load.votes[-1]
-        wait_until(lambda: load.votes[-1].status == 303)
+        load.go_on(votes=1)
     verify(load, service)
     assert died.unconfirmed
 
 
 def test_a_frozen_server_process_holds_nobody_up(database, verify):
     with Service(database) as service, Load(service, voters=1, watchers=0) as load:
-        wait_until(lambda: load.acknowledged)
+        load.go_on(votes=1)
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            (pid,) = wait_until(lambda: backends(database, "wait_event_type = 'Lock'"))
+            (pid,) = wait_until(lambda: backends(database, WAITING))
             with frozen(pid):
                 wait_until(lambda: load.votes[-1].unconfirmed)
-        wait_until(lambda: load.votes[-1].status == 303)
+        load.go_on(votes=1)
     figures = verify(load, service)
-    assert float(figures["slowest vote"].split()[0]) < 4
+    assert float(figures["slowest vote"].split()[0]) < 4.5
 
 
 def test_votes_that_are_stored_together_share_their_fate(database, verify):
     with Service(database, WEB_CONCURRENCY="1") as service, Load(service, voters=16, watchers=0) as load:
-        wait_until(lambda: load.acknowledged)
+        load.go_on(votes=1)
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            wait_until(lambda: len(backends(database, "wait_event_type = 'Lock'")) == 2)
-            for pid in backends(database, "wait_event_type = 'Lock'"):
+            (first,) = wait_until(lambda: backends(database, WAITING))
+            time.sleep(1)  # meanwhile the other voters gather behind it
+            for pid in first, None:
+                (pid,) = [pid] if pid else wait_until(lambda: backends(database, f"{WAITING} AND pid <> {first}"))
                 sql(database, "SELECT pg_terminate_backend(%s)", pid)
-            wait_until(lambda: any(vote.unconfirmed for vote in load.votes))
-        wait_until(lambda: load.votes[-1].status == 303)
-    assert verify(load, service)["unconfirmed"] > 2
+            wait_until(lambda: sum(vote.unconfirmed for vote in load.votes) > 2)
+        load.go_on(votes=16)
+    verify(load, service)
 
 
-def test_make_initdb_runs_three_times_under_load(database, verify):
+def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(worker, database):
+    with ThreadPoolExecutor(30) as visitors, psycopg.connect(database) as connection:
+        connection.execute("LOCK TABLE votes, tally")
+        for _ in range(10):
+            visitors.submit(vote, worker)
+            visitors.submit(get, worker, "/")
+            visitors.submit(get, worker, "/history")
+        wait_until(lambda: len(backends(database, WAITING)) == 3)
+        most = 3
+        while backends(database, WAITING):
+            most = max(most, len(backends(database)))
+    assert most == 3
+
+
+# Sessions that began under settings which have changed since
+
+SETTINGS = {"read-only": ("default_transaction_read_only", "on"), "short of time": ("statement_timeout", "300ms")}
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS.values(), ids=SETTINGS)
+def test_votes_count_soon_after_the_database_takes_them_again(server, worker, database, name, value):
+    sql(
+        database,
+        """
+        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
+        CREATE TRIGGER dawdle AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION dawdle();
+        """,
+    )
+    alter = f"ALTER DATABASE {database.rpartition('/')[2]}"
+    sql(server.url(), f"{alter} SET {name} = '{value}'")
+    assert vote(worker).not_counted
+    assert get(worker, "/healthz").status == 200
+    stale = {*backends(database)}
+    sql(server.url(), f"{alter} RESET {name}")
+    wait_until(lambda: vote(worker).status == 303, seconds=5)
+    for target in "/?voted=Pita", "/healthz", "/history":
+        assert get(worker, target).status == 200
+    assert [vote(worker).status for _ in range(3)] == [303, 303, 303]
+    assert not stale & {*backends(database)}  # pages have left them, too: they may be another server's
+
+
+def test_no_vote_is_refused_for_one_that_came_at_the_same_time(database, verify):
+    with psycopg.connect(database, autocommit=True) as connection:
+        (function,) = connection.execute("SELECT pg_get_functiondef('count_votes()'::regprocedure)").fetchone()
+        assert "% 32" in function
+        connection.execute(function.replace("% 32", "% 1"))  # all sessions share a counter
+        connection.execute(
+            f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = 'repeatable read'"
+        )
     with Service(database) as service, Load(service) as load:
-        for _ in range(3):
-            time.sleep(1)
-            variables = {**os.environ, "DATABASE_URL": database}
-            subprocess.run(["make", "initdb"], cwd=ROOT, env=variables, capture_output=True, check=True)
-        time.sleep(1)
+        load.go_on(votes=300)
     verify(load, service, statuses=(200, 303))
-    assert sql(database, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()") == [(0,)]
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
+def test_a_vote_that_lost_against_another_is_tried_again(worker, database, sqlstate):
+    sql(
+        database,
+        f"""
+        CREATE SEQUENCE tries;
+        CREATE FUNCTION lose_once() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF nextval('public.tries') = 1 THEN RAISE 'lost' USING ERRCODE = '{sqlstate}'; END IF;
+                RETURN NULL;
+            END
+        $$;
+        CREATE TRIGGER lose_once AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION lose_once();
+        """,
+    )
+    assert vote(worker).status == 303
+    assert sql(database, "SELECT vote FROM votes") == [("Pita",)]
+
+
+# The way to the server
+
+
+def test_a_network_that_forgets_and_connects_slowly_costs_nobody_anything(database):
+    with (
+        Network(database, delay=0.7, forgets_after=5) as network,
+        unsurprised(Service(network.url, WEB_CONCURRENCY="1")) as service,
+        ThreadPoolExecutor(3) as visitors,
+    ):
+        for votes in 1, 2:
+            page = visitors.submit(get, service, "/")
+            history = visitors.submit(get, service, "/history")
+            started_at = time.monotonic()
+            assert vote(service).status == 303
+            assert get(service, "/?voted=Pita").votes["Pita"] == votes
+            for answer in page.result(), history.result():
+                assert answer.status == 200
+                assert not answer.outdated
+            assert time.monotonic() - started_at < 2
+            if votes == 1:
+                time.sleep(11)
+                assert network.forgotten
+    assert "database: " not in service.log
+
+
+def test_a_database_that_takes_longer_to_connect_to_serves_within_the_patience_of_the_url(database):
+    with (
+        Network(database, delay=6) as network,
+        unsurprised(Service(f"{network.url}?connect_timeout=15", WEB_CONCURRENCY="1")) as service,
+    ):
+        assert vote(service).not_counted
+        assert get(service, "/").status == 503
+        assert "connecting to it takes longer" in service.log
+        wait_until(lambda: vote(service).status == 303)
+        assert get(service, "/?voted=Pita").votes["Pita"] == 1
+
+
+def test_a_server_that_never_answered_is_asked_again(database):
+    with (
+        Network(database, delay=40) as network,
+        unsurprised(Service(network.url, WEB_CONCURRENCY="1")) as service,
+    ):
+        for target in "/", "/history":
+            assert get(service, target).status == 503
+        assert vote(service).not_counted
+        network.delay = 0
+        wait_until(lambda: vote(service).status == 303, seconds=10)
+
+
+@pytest.fixture
+def voter(server, database):
+    """Name of a role that may only vote and read, but has no connection left; `database` is its as well."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            """
+            CREATE ROLE voter LOGIN PASSWORD 'donut' CONNECTION LIMIT 0;
+            GRANT INSERT ON votes TO voter;
+            GRANT SELECT ON vote_totals, votes_by_hour TO voter;
+            """
+        )
+        yield "voter"
+        end_sessions(database)
+        connection.execute("DROP OWNED BY voter; DROP ROLE voter")
+
+
+def test_a_server_that_has_no_connection_left_is_said_to_and_used_as_soon_as_it_has(database, voter):
+    place = database.partition("@")[2]
+    with unsurprised(Service(f"postgresql://{voter}:donut@{place}", WEB_CONCURRENCY="1")) as service:
+        assert vote(service).not_counted
+        assert get(service, "/").status == 503
+        assert "too many connections" in service.log
+        sql(database, "ALTER ROLE voter CONNECTION LIMIT 3")
+        wait_until(lambda: vote(service).status == 303, seconds=5)
+        assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 1}
+
+
+@pytest.fixture(scope="module")
+def tls_server():
+    """A server that speaks TLS, and does not wait for the disk: a LocalPostgres."""
+    if not shutil.which("openssl"):
+        missing("no openssl: apt-get install openssl")
+    with TemporaryDirectory(dir="/tmp") as folder:
+        key, certificate = Path(folder, "key"), Path(folder, "certificate")
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=catvote.example"]
+        subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        if account := server_account():
+            for path in folder, key, certificate:
+                os.chown(path, account["user"], account["group"])
+        options = {"ssl": "on", "ssl_key_file": str(key), "ssl_cert_file": str(certificate)}
+        with LocalPostgres(options=options) as server:
+            yield server
+
+
+@pytest.fixture
+def unreadable_home(tmp_path):
+    """A HOME whose certificate cannot be read, as that of a user one is not; not even by root, since it leads nowhere."""
+    (tmp_path / ".postgresql").mkdir()
+    for name in "postgresql.crt", "postgresql.key":
+        (tmp_path / ".postgresql" / name).symlink_to(name)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["", "?sslmode=prefer", "?sslmode=require"])
+def test_the_way_to_the_database_is_encrypted_whatever_is_in_home(tls_server, unreadable_home, mode):
+    with new_database(tls_server) as url:
+        apply_schema(url)
+        with unsurprised(Service(url + mode, WEB_CONCURRENCY="1", HOME=unreadable_home)) as service:
+            assert vote(service).status == 303
+            assert get(service, "/healthz").status == 200
+            encrypted = "pid IN (SELECT pid FROM pg_stat_ssl WHERE ssl)"
+            assert backends(url) == backends(url, encrypted) != []
 
 
 # The service
 
 
-def test_killed_workers_are_replaced(database, verify):
-    with Service(database) as service, Load(service) as load:
-        for _ in range(3):
-            time.sleep(2)
-            workers(service)[0].kill()
-        killed_at = time.monotonic()
-        time.sleep(2)
-        wait_until(lambda: len(workers(service)) == 2)
-    recovered = recovery(load, killed_at)
-    verify(load, service, statuses=(0, 200, 303), recovered=f"{recovered:.1f} s")
-    assert recovered < 3
+def test_a_worker_that_lacked_threads_reaches_the_database_when_it_has_them(application, take_votes, monkeypatch):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Thread, "start", start)
+        assert vote(application).not_counted
+        assert get(application, "/").status == 503
+    wait_until(lambda: get(application, "/").status == 200, seconds=5)
+    assert vote(application).status == 303
+    assert take_votes() == ["Pita"]
 
 
 def test_sigterm_lets_every_request_have_its_answer(database, verify):
     with Service(database) as service, Load(service) as load:
-        time.sleep(1)
+        load.go_on(votes=50)
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            wait_until(lambda: len(backends(database, "wait_event_type = 'Lock'")) >= 2)
+            wait_until(lambda: len(backends(database, WAITING)) == 2)
             service.process.terminate()
-            time.sleep(0.5)
+            wait_until(lambda: load.answers[-1].status < 200)  # it has stopped listening
         asked_at = time.monotonic()
         assert service.stop() == 0
         seconds = time.monotonic() - asked_at
         wait_until(lambda: not backends(database), seconds=2)
     figures = verify(load, service, statuses=(-1, 0, 200, 303, 503), ended=f"{seconds:.1f} s")
-    assert seconds < 30
     assert figures["unconfirmed"] == 0
     # Connections that nobody had accepted yet were broken off; no vote was stored that came so.
     assert not [answer for answer in load.answers if answer.status == 0 and answer.kept]
@@ -238,35 +412,16 @@ def test_sigterm_lets_every_request_have_its_answer(database, verify):
 
 def test_a_reload_and_a_second_instance_fail_no_request_and_share_the_tally(database, verify):
     with Service(database) as service, Service(database) as second, Load(service, second) as load:
-        before = workers(service) + workers(second)
+        before = {*service.workers(), *second.workers()}
         for instance in service, second:
-            time.sleep(1)
+            load.go_on(votes=50)
             instance.process.send_signal(signal.SIGHUP)
-        wait_until(lambda: not {*before} & {*workers(service), *workers(second)})
-        time.sleep(1)
+        wait_until(lambda: not before & {*service.workers(), *second.workers()})
+        load.go_on(votes=100)
     verify(load, service, statuses=(200, 303))
 
 
 def test_two_hundred_votes_at_once(database, verify):
-    most = 0
     with Service(database) as service, Load(service, voters=200, pause=0.001) as load:
-        for _ in range(30):
-            time.sleep(0.1)
-            most = max(most, len(backends(database)))
-    verify(load, service, backends=most)
-    assert most <= 8
-
-
-def test_slow_visitors_keep_nobody_waiting(database, verify):
-    with Service(database) as service:
-        slow = [socket.create_connection(("127.0.0.1", service.port)) for _ in range(50)]
-        with Load(service, voters=8, watchers=4) as load:
-            for second in range(6):
-                for visitor in slow:
-                    visitor.send(b"POST /add"[second : second + 1])
-                time.sleep(1)
-        for visitor in slow:
-            visitor.close()
+        load.go_on(votes=2000)
     verify(load, service, statuses=(200, 303))
-    pages = sorted(page.seconds for page in load.answers if page.path == "/")
-    assert pages[int(0.95 * len(pages))] < 2

@@ -21,7 +21,7 @@ month_votes = sum(sum(votes.values()) for began, votes in charts["day"])
 <h2>{{headings[unit]}}</h2>
 %     for place, (cat, candidate) in enumerate(candidates.items(), start=1):
 <figure class="icing-{{place}}">
-<figcaption class="ends"><strong class="swatch">{{candidate.name}}</strong> <span>at most {{format(peaks[cat], ",")}}</span></figcaption>
+<figcaption class="ends"><strong class="swatch">{{candidate.name}}</strong> <span>busiest {{unit}}: {{format(peaks[cat], ",")}}</span></figcaption>
 <svg class="chart" viewBox="-.5 0 {{len(periods)}} 100" preserveAspectRatio="none" role="img" aria-label="Votes for {{candidate.name}} per {{unit}}; the table has the numbers">
 <path data-bar="{{cat}}" d="
 %       for column, (began, votes) in enumerate(periods):

