@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import psutil
 import psycopg
 import pytest
+from checkout import Running, nothing_runs_in
 from client import Answer
 from conftest import missing, new_database
 from faults import backends, freeze, frozen, kill, sql
@@ -393,31 +394,19 @@ def test_a_reload_waits_for_a_slow_visitor_for_so_long_only(services):
         reload(nginx, nginx.settings)
 
 
-def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(database, tmp_path):
+def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(project, database):
     need("nginx")
-    port, log = free_port(), tmp_path / "log"
-    environment = {**os.environ, "DATABASE_URL": database, "PORT": str(port), "WEB_CONCURRENCY": "1"}
-    with log.open("w") as output:
-        process = psutil.Popen(
-            ["make", "scale"], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        wait_until(lambda: "Ctrl-C ends" in log.read_text() or not process.is_running())
+    (project / ".env").write_text(f"DATABASE_URL={database}\nGUNICORN_CMD_ARGS=--bind=127.0.0.1:1\n")
+    with Running(project, "make scale", "Ctrl-C ends") as scale:
         printed = re.search(
-            rf"Open http://127.0.0.1:{port} in a browser: nginx before http://127.0.0.1:(\d+) and http://127.0.0.1:(\d+)\.\n"
-            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n$",
-            log.read_text(),
+            rf"Open {scale.url} in a browser: nginx before (http://127.0.0.1:\d+) and (http://127.0.0.1:\d+)\.\n"
+            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n",
+            scale.log,
         )
-        assert printed, log.read_text()
-        assert get(SimpleNamespace(port=port)).headers["X-Cache"] == "MISS"
-        assert get(SimpleNamespace(port=printed[1])).status == get(SimpleNamespace(port=printed[2])).status == 200
-        family = process.children(recursive=True)
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=40)
-    assert not psutil.wait_procs(family, timeout=10)[1]
+        assert printed, scale.log
+        assert get(scale).headers["X-Cache"] == "MISS"
+    assert nothing_runs_in(project)
     assert not Path(printed[3]).exists()
-    assert "Traceback" not in log.read_text()
 
 
 def test_a_program_that_is_not_installed_is_named_with_its_package():
