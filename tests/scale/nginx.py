@@ -70,12 +70,12 @@ def main():
     """Run nginx and two services for a person, until Ctrl-C or SIGTERM."""
     with as_command():
         read_dotenv()
+        os.environ["GUNICORN_CMD_ARGS"] = ""  # it may have an address, and both services would listen there
         port = check_settings()
-        anywhere = {"GUNICORN_CMD_ARGS": "", "PORT": ""}  # the services listen on free ports of their own
         with (
             target(exclusive=True) as database,
-            Service(database.url, to_terminal=True, **anywhere) as first,
-            Service(database.url, to_terminal=True, **anywhere) as second,
+            Service(database.url, to_terminal=True) as first,
+            Service(database.url, to_terminal=True) as second,
             Nginx(first, second, to_terminal=True, PORT=port) as nginx,
         ):
             print(f"Open {nginx.url} in a browser: nginx before {first.url} and {second.url}.")
