@@ -203,7 +203,7 @@ def test_update_delete_and_copy_keep_the_tally_at_any_node(cluster):
 @pytest.mark.parametrize("change", ["DELETE FROM public.votes", "UPDATE public.votes SET vote = 'Pita'"])
 def test_a_vote_that_two_change_at_once_is_counted_once(cluster, change):
     sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Gummi')")
-    with psycopg.connect(cluster.url) as first, ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
         first.execute("DELETE FROM public.votes")
         second = threads.submit(sql, cluster.nodes[1].url(), change)
         wait_until(lambda: somebody_waits(cluster))
@@ -215,7 +215,7 @@ def test_a_vote_that_two_change_at_once_is_counted_once(cluster, change):
 
 def test_a_vote_that_was_changed_after_another_had_read_it_is_counted_once(cluster):
     sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Gummi'), ('Pita')")
-    with psycopg.connect(cluster.url) as first, ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
         first.execute("DELETE FROM public.votes WHERE vote = 'Gummi'")
         second = threads.submit(sql, cluster.nodes[1].url(), "DELETE FROM public.votes")
         wait_until(lambda: somebody_waits(cluster))
@@ -274,7 +274,7 @@ def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(clus
 def test_two_recounts_take_turns_and_no_vote_waits_for_them(cluster):
     past_the_view = "INSERT INTO public.ballots (slot, row_id, vote) VALUES (99, 1, 'Pita')"
     sql(cluster.url, past_the_view)
-    with psycopg.connect(cluster.url) as first, ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
         first.execute("SELECT public.recount_votes()")
         second = threads.submit(sql, cluster.nodes[1].url(), "SELECT public.recount_votes()")
         wait_until(lambda: somebody_waits(cluster))
