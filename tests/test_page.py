@@ -417,6 +417,7 @@ def test_an_unknown_cat_is_refused_with_a_way_back(visit):
 def test_an_unknown_page_leads_to_the_cats(visit):
     page = visit("/no-such-page")
     expect(page.get_by_role("heading")).to_have_text("There is no such page")
+    expect(page.get_by_role("main")).not_to_contain_text("no-such-page")
     assert_goes_on(page, "Back to the vote")
 
 
