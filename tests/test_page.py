@@ -300,6 +300,22 @@ def test_an_answer_that_does_not_come_is_not_waited_for(visit):
     expect(count(page, "Gummi")).not_to_have_text("99")
 
 
+def test_a_question_that_is_asked_anew_does_not_interrupt_the_live_count(visit):
+    page = visit(clock=True)
+    unanswered = []
+    page.route("**/tally.json", lambda route: route.continue_() if unanswered else unanswered.append(route))
+    wait_until(lambda: let_pass(page, 1) or unanswered)
+    page.evaluate("""
+        interrupted = false;
+        new MutationObserver(([change]) => { interrupted ||= !change.target.hidden; })
+            .observe(document.querySelector("#outdated"), { attributes: true });
+    """)
+    with page.expect_response("**/tally.json"):
+        page.evaluate("dispatchEvent(new Event('online'))")
+    page.wait_for_timeout(100)
+    assert not page.evaluate("interrupted")
+
+
 def test_an_error_interrupts_the_live_count(visit):
     page = visit(clock=True)
     page.route("**/tally.json", lambda route: route.fulfill(status=503, json={"Gummi": 99}))
