@@ -324,7 +324,7 @@ class VoteStore:
                 self.next_batch = Batch()
             if has_turn:
                 batch.troubles = insert(batch.votes)
-                self.last_failed = not {None, Trouble.REFUSED}.issuperset(batch.troubles.values())
+                self.last_failed = any(trouble not in (None, Trouble.REFUSED) for trouble in batch.troubles.values())
             else:
                 batch.troubles = dict.fromkeys(batch.votes, Trouble.NO_ANSWER)
         finally:  # whatever happens, nobody waits for ever
@@ -335,17 +335,18 @@ class VoteStore:
 
 def insert(votes: list[str]) -> dict[str, Trouble | None]:
     """Store votes; return what became of those for each cat: None if they are committed, else the Trouble."""
-    trouble = insert_together(votes)
+    deadline = monotonic() + 2
+    trouble = insert_together(votes, deadline)
     numbers = Counter(votes)
     if trouble is Trouble.REFUSED and len(numbers) > 1:  # one cat that the schema lacks has spoiled the statement
-        return {cat: insert_together([cat] * number) for cat, number in numbers.items()}
+        return {cat: insert_together([cat] * number, deadline) for cat, number in numbers.items()}
     return dict.fromkeys(votes, trouble)
 
 
-def insert_together(votes: list[str]) -> Trouble | None:
+def insert_together(votes: list[str], deadline: float) -> Trouble | None:
     """Store votes by one statement, all or none; return None if they are committed, else the Trouble."""
     try:
-        with connection_until(monotonic() + 2, cancel_patience=1) as connection:
+        with connection_until(deadline, cancel_patience=1) as connection:
             connection.execute(INSERT, [votes])
     except Unavailable as error:
         return error.trouble
