@@ -1,6 +1,6 @@
 """gunicorn with our settings and our worker: visitors who stay, limits of the machine, signals, logs.
 
-Two more of its guards have their tests where `make dev` has its own: test_startup.py and test_machines.py.
+What they are for `make dev` is tested with it, in test_startup.py and test_machines.py.
 """
 
 import re
@@ -13,9 +13,11 @@ import ssl
 import struct
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
+from threading import Event
 
 import pytest
 from client import FORM, get, read, vote, write
@@ -92,6 +94,7 @@ def test_nobody_waits_for_visitors_who(said, shared_service):
         waits = [seconds_for(lambda: get(shared_service, "/")) for _ in range(50)]
     assert max(waits) < 1.5
     assert shared_service.workers() == before
+    assert "cannot accept" not in shared_service.log  # when the other worker has
 
 
 @pytest.mark.parametrize("said", [b"GET / HT", write("POST", "/add", FORM, "Content-Length: 10")])
@@ -150,6 +153,10 @@ def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
     assert [answer.status for answer in answers] == [200] * 15
 
 
+def test_no_header_of_a_visitor_changes_the_path(shared_service):
+    assert get(shared_service, "/", "SCRIPT_NAME: /elsewhere").status == 200
+
+
 # An application that tells which thread it runs in.
 WHO_AM_I = """
 from threading import get_ident
@@ -181,6 +188,27 @@ def test_a_thread_waits_for_its_visitors_next_request(altered):
         assert stayed > 15  # a busy machine may be late now and then
 
 
+def test_a_visitor_who_asks_and_asks_lets_others_have_the_thread(altered):
+    begun, others_are_served = Event(), Event()
+
+    def ask_and_ask(service):
+        visitor = HTTPConnection("127.0.0.1", service.port, timeout=10)
+        deadline = time.monotonic() + 20
+        while not others_are_served.is_set():
+            assert time.monotonic() < deadline
+            visitor.request("GET", "/")
+            visitor.getresponse().read()
+            begun.set()
+        visitor.close()
+
+    with altered("threads = 1", WEB_CONCURRENCY="1") as service, ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(ask_and_ask, service)
+        assert begun.wait(10)
+        assert get(service, "/").status == 200
+        others_are_served.set()
+        asking.result()
+
+
 # Limits of the machine
 
 
@@ -203,7 +231,8 @@ def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
     with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
         before = workers_of(service, 1)
         with visitors(service, 300, write("GET", "/")):
-            wait_until(lambda: "cannot accept" in service.log)
+            # It says so ten times a second, and does not try all the time.
+            assert seconds_for(lambda: wait_until(lambda: service.log.count("cannot accept") >= 5)) > 0.3
         assert get(service, "/").status == 200
         assert service.workers() == before
 
