@@ -13,11 +13,9 @@ import ssl
 import struct
 import subprocess
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
-from threading import Event
 
 import pytest
 from client import FORM, get, read, vote, write
@@ -136,13 +134,19 @@ def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service):
 
 def test_no_worker_ends_when_visitors_break_off(any_service):
     files = {worker: worker.num_fds() for worker in workers_of(any_service)}
-    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
-        with visitors(any_service, 10, said) as breaking_off:
-            for visitor in breaking_off:
-                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    start_of_tls = b"\x16\x03\x01\x02\x00"
+    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, start_of_tls, b"":
         with visitors(any_service, 10, said):
             pass
-    wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
+        with visitors(any_service, 10, said) as breaking_off:
+            for visitor in breaking_off:
+                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                if said == LAST:
+                    visitor.recv(1)
+    with visitors(any_service, 30, LAST) as staying:  # the last whom the workers have to close
+        for visitor in staying:
+            visitor.recv(1)
+        wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
     assert any_service.workers() == [*files]
 
 
@@ -189,24 +193,10 @@ def test_a_thread_waits_for_its_visitors_next_request(altered):
 
 
 def test_a_visitor_who_asks_and_asks_lets_others_have_the_thread(altered):
-    begun, others_are_served = Event(), Event()
-
-    def ask_and_ask(service):
-        visitor = HTTPConnection("127.0.0.1", service.port, timeout=10)
-        deadline = time.monotonic() + 20
-        while not others_are_served.is_set():
-            assert time.monotonic() < deadline
-            visitor.request("GET", "/")
-            visitor.getresponse().read()
-            begun.set()
-        visitor.close()
-
-    with altered("threads = 1", WEB_CONCURRENCY="1") as service, ThreadPoolExecutor(1) as pool:
-        asking = pool.submit(ask_and_ask, service)
-        assert begun.wait(10)
+    many = write("HEAD", "/?voted=Pita") * 99 + write("HEAD", "/", "Connection: close")
+    with altered("threads = 1", WEB_CONCURRENCY="1") as service, visitors(service, 1, many) as (asking,):
         assert get(service, "/").status == 200
-        others_are_served.set()
-        asking.result()
+        assert 0 < asking.recv(10**6).count(b"HTTP/1.1 200") < 80
 
 
 # Limits of the machine
@@ -339,10 +329,14 @@ def test_a_worker_that_misses_the_rotation_of_logs_is_replaced(altered):
         wait_until(lambda: service.workers() and early not in service.workers())
 
 
-def test_the_end_does_not_wait_for_visitors_who_have_asked_nothing(shared_database):
-    with Service(shared_database) as service, visitors(service, 4):
+def test_at_the_end_visitors_who_have_asked_nothing_yet_have_a_moment_to_do_so(shared_database):
+    with Service(shared_database) as service, visitors(service, 4) as (visitor, *_):
         assert get(service, "/").status == 200
-        assert seconds_for(service.stop) < 10
+        service.process.terminate()
+        time.sleep(0.5)
+        visitor.sendall(LAST)
+        assert [answer.status for answer in listen(visitor)] == [200]
+        assert seconds_for(service.process.wait) < 10
 
 
 def test_platforms_and_routers_find_the_times_they_need():
