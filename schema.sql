@@ -60,8 +60,14 @@ DECLARE
     own_slot CONSTANT int := pg_backend_pid() % 32;
     sign     CONSTANT int := TG_ARGV[0];
 BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
-        TRUNCATE public.tally;
+    IF TG_OP IN ('INSERT', 'DELETE') THEN
+        INSERT INTO public.tally AS counter (hour, vote, slot, votes)
+        SELECT coalesce(hour, '-infinity') AS key, vote, own_slot, sign * count(*)
+        FROM (SELECT date_trunc('hour', date_created, 'UTC'), vote FROM changed) AS change (hour, vote)
+        GROUP BY GROUPING SETS ((vote), (vote, hour))
+        HAVING hour IS NULL OR isfinite(hour)
+        ORDER BY key, vote
+        ON CONFLICT (hour, vote, slot) DO UPDATE SET votes = counter.votes + EXCLUDED.votes;
     ELSIF TG_OP = 'UPDATE' THEN
         INSERT INTO public.tally AS counter (hour, vote, slot, votes)
         SELECT coalesce(hour, '-infinity') AS key, vote, own_slot, sum(delta)
@@ -75,13 +81,7 @@ BEGIN
         ORDER BY key, vote
         ON CONFLICT (hour, vote, slot) DO UPDATE SET votes = counter.votes + EXCLUDED.votes;
     ELSE
-        INSERT INTO public.tally AS counter (hour, vote, slot, votes)
-        SELECT coalesce(hour, '-infinity') AS key, vote, own_slot, sign * count(*)
-        FROM (SELECT date_trunc('hour', date_created, 'UTC'), vote FROM changed) AS change (hour, vote)
-        GROUP BY GROUPING SETS ((vote), (vote, hour))
-        HAVING hour IS NULL OR isfinite(hour)
-        ORDER BY key, vote
-        ON CONFLICT (hour, vote, slot) DO UPDATE SET votes = counter.votes + EXCLUDED.votes;
+        TRUNCATE public.tally;
     END IF;
     RETURN NULL;
 END

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from client import FORM, ask, chunked, get, vote
 from conftest import unsurprised
+from faults import backends, end_sessions
 from local.postgres import ROOT
 from local.processes import wait_until
 from local.service import Service, free_port
@@ -101,9 +102,9 @@ def test_a_wrong_method_is_405_with_the_right_ones(application, method, target, 
         get(application, target)  # so that the answer to GET is in memory
 
 
-@pytest.mark.parametrize("target", ["/", "/tally.json", "/history", "/healthz", "/static/pita.svg"])
+@pytest.mark.parametrize("target", ["/", "/tally.json", "/history", "/healthz", "/static/pita.svg", "{newest}"])
 def test_head_is_get_without_the_body(application, target):
-    heads = {}
+    target, heads = target.format(newest=application.catvote.static_url("pita.svg")), {}
     for method in "GET", "HEAD":
         answer = ask(application, method, target)
         assert answer.status == 200
@@ -294,6 +295,14 @@ def test_votes_that_come_while_one_is_stored_are_stored_together(application, sh
     assert together == [(1,), (19,)]
 
 
+def test_votes_that_are_stored_together_share_their_fate(application, shared_database):
+    with votes_held_up(application, shared_database, ["Pita"] * 5) as (_, answers):
+        for _ in "the first", "the others":
+            wait_until(lambda: backends(shared_database, "wait_event_type = 'Lock'"))
+            end_sessions(shared_database)  # they have the votes, and nobody says whether they stored them
+    assert [answer.result().unconfirmed for answer in answers] == [True] * 5
+
+
 def test_a_cat_that_is_gone_spoils_no_other_vote(serve, database):
     application, cats = serve(database), ["Gummi", "Pita"] * 8
     get(application, "/")
@@ -461,7 +470,7 @@ def test_without_an_address_there_are_no_previews(application):
 )
 def test_only_developers_see_a_traceback(serve, shared_database, monkeypatch, value, shown):
     application = serve(shared_database, DEVELOPMENT=value)
-    monkeypatch.setattr(application.catvote.tally, "latest", lambda: 1 / 0)
+    monkeypatch.setattr(application.catvote.tally, "latest_reading", lambda: 1 / 0)
     answer = get(application, "/")
     assert answer.status == 500
     assert ("ZeroDivisionError" in answer.text) == shown

@@ -43,7 +43,7 @@ STRAY = {
 
 
 def test_variables_for_other_programs_reach_neither_the_service_nor_other_verbs(used_project, tmp_path):
-    tmp_path.joinpath(".psqlrc").write_text("\\quit\n")
+    tmp_path.joinpath(".psqlrc").write_text("\\o /dev/null\n")
     with Running(used_project, HOME="/nowhere", **STRAY) as service:
         assert service.votes(vote="Pita") > 0
         assert "█" in make(used_project, "report", HOME=str(tmp_path), **STRAY).stdout

@@ -365,7 +365,7 @@ def test_initdb_stops_at_the_first_error_on_heroku(project, heroku, empty_databa
 
 @pytest.mark.parametrize("quoted", ["'{}'", '"{}"'])
 def test_quotes_in_psql_lead_to_the_database_that_they_name(quoted, shared_project, server, database):
-    psql = f"{server.bindir}/psql -X {quoted.format(keywords(database))}"
+    psql = f"{server.bindir}/psql -X {quoted.format(keywords(database, application_name='report'))}"
     sql(database, "INSERT INTO votes (vote) VALUES ('Pita')")
     assert "█" in make(shared_project, "report", f"PSQL={psql}").stdout
     assert make(shared_project, "dropdb", f"PSQL={psql}", answer="yes\n").returncode == 0

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
@@ -95,54 +96,51 @@ def test_nobody_waits_for_visitors_who(said, shared_service):
 
 @pytest.mark.parametrize("said", [b"GET / HT", write("POST", "/add", FORM, "Content-Length: 10")])
 def test_who_stops_in_mid_request_keeps_no_thread_for_ever(said, altered):
-    with altered("TOO_LONG = 1", WEB_CONCURRENCY="1") as service, visitors(service, 70, said):
+    with altered("Worker.request_timeout = 1", WEB_CONCURRENCY="1") as service, visitors(service, 70, said):
         assert get(service, "/").status == 200
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """File with a key and a certificate for 127.0.0.1."""
+@pytest.fixture(scope="module", params=["http", "https"])
+def any_service(request, shared_service, shared_database, tmp_path_factory):
+    """The service by http, and by https."""
+    if request.param == "http":
+        yield shared_service
+        return
     if not shutil.which("openssl"):
         missing("no openssl: apt-get install openssl")
-    file = tmp_path_factory.mktemp("certificate") / "both.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-keyout"]
-    subprocess.run([*command, file, "-out", f"{file}.crt"], check=True, capture_output=True)
-    file.write_text(file.read_text() + file.with_name("both.pem.crt").read_text())
-    return file
+    folder = tmp_path_factory.mktemp("certificate")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out certificate"
+    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
+    arguments = f"--certfile={folder / 'certificate'} --keyfile={folder / 'key'}"
+    with Service(shared_database, GUNICORN_CMD_ARGS=arguments) as service:
+        yield service
 
 
-@pytest.fixture
-def connect_by(shared_service, shared_database, certificate):
-    """A function that returns a new connection, of which nothing else is known, to the service by http or https."""
-    with ExitStack() as stack:
-
-        def connect(scheme):
-            if scheme == "http":
-                service = shared_service
-            else:
-                arguments = f"--certfile={certificate}"
-                service = stack.enter_context(Service(shared_database, GUNICORN_CMD_ARGS=arguments))
-            connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
-            if scheme == "https":
-                context = ssl.create_default_context(cafile=certificate)
-                context.check_hostname = False
-                connection = context.wrap_socket(connection)
-            return stack.enter_context(connection)
-
-        yield connect
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service):
+    with visitors(any_service, 1) as (visitor,):
+        if any_service.told.certfile:
+            trusting = ssl.create_default_context(cafile=any_service.told.certfile)
+            visitor = trusting.wrap_socket(visitor, server_hostname="localhost")
+        visitor.sendall(REFUSED_IN_MID_BODY)
+        for _ in range(10):
+            time.sleep(0.1)  # as over a slow line
+            visitor.sendall(b"a" * 100)
+        answer = HTTPResponse(visitor)
+        answer.begin()
+        assert answer.status == 413
+        assert b"none was counted" in answer.read()
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_who_is_refused_in_mid_body_can_go_on_and_read_why(scheme, connect_by):
-    connection = connect_by(scheme)
-    connection.sendall(REFUSED_IN_MID_BODY)
-    for _ in range(10):
-        time.sleep(0.1)  # as over a slow line
-        connection.sendall(b"a" * 100)
-    answer = HTTPResponse(connection)
-    answer.begin()
-    assert answer.status == 413
-    assert b"none was counted" in answer.read()
+def test_no_worker_ends_when_visitors_break_off(any_service):
+    files = {worker: worker.num_fds() for worker in workers_of(any_service)}
+    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
+        with visitors(any_service, 10, said) as breaking_off:
+            for visitor in breaking_off:
+                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        with visitors(any_service, 10, said):
+            pass
+    wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
+    assert any_service.workers() == [*files]
 
 
 def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
