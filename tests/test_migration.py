@@ -5,7 +5,7 @@ from threading import Event
 import psycopg
 import pytest
 from conftest import new_database
-from local.postgres import ROOT, apply_schema
+from local import ROOT
 from psycopg import errors
 from psycopg.conninfo import make_conninfo
 from sessions import (
@@ -20,6 +20,8 @@ from sessions import (
     vote,
     wait_until_blocked,
 )
+
+import catvote
 
 SCHEMA = (ROOT / "schema.sql").read_text()
 FIRST_SCHEMA = (ROOT / "tests/first_schema.sql").read_text()
@@ -36,8 +38,8 @@ def test_applying_the_schema_again_changes_nothing(connection, database, server)
 
     vote(connection, "Pita", "Gummi", "Pita")
     before = dump()
-    apply_schema(database)
-    apply_schema(database)
+    catvote.initdb(database)
+    catvote.initdb(database)
     assert dump() == before
 
 
@@ -80,12 +82,12 @@ def test_the_owner_of_a_database_need_not_be_a_superuser(server, empty_database,
         superuser.execute("CREATE ROLE database_owner LOGIN PASSWORD 'secret'")
         superuser.execute(f"ALTER DATABASE {empty_database.rpartition('/')[2]} OWNER TO database_owner")
     url = make_conninfo(empty_database, user="database_owner", password="secret")
-    apply_schema(url)
-    apply_schema(url)
+    catvote.initdb(url)
+    catvote.initdb(url)
     owner = connect(url)
     vote(owner, "Pita")
     copy_in(owner, 50)
-    apply_schema(url)
+    catvote.initdb(url)
     assert next_row_id(owner) == 51
     owner.execute("SELECT recount_votes()")
     assert inexact(owner) == []
@@ -171,8 +173,8 @@ def schema_of(server, url):
 @on_every_major
 def test_a_database_of_the_first_version_becomes_as_a_new_one(server, first_version):
     with new_database(server) as new:
-        apply_schema(new)
-        apply_schema(first_version)
+        catvote.initdb(new)
+        catvote.initdb(first_version)
         assert schema_of(server, first_version) == schema_of(server, new)
 
 
@@ -180,7 +182,7 @@ def test_a_database_of_the_first_version_becomes_as_a_new_one(server, first_vers
 def test_old_votes_stay_as_they_are_and_get_their_hours(first_version, connect):
     connection = connect(first_version)
     votes = connection.execute("SELECT votes::text, xmin FROM votes ORDER BY row_id").fetchall()
-    apply_schema(first_version)
+    catvote.initdb(first_version)
     assert connection.execute("SELECT votes::text, xmin FROM votes ORDER BY row_id").fetchall() == votes
     assert hours(connection)["2024-05-01 12:00:00"] == {"Pita": 2}
     assert hours(connection)["2024-05-01 13:00:00"] == {"Gummi": 1}
@@ -252,7 +254,7 @@ def test_votes_go_on_while_the_hours_of_old_votes_are_counted(first_version, con
         applied.result(timeout=20)
     assert hours(reader)["2024-05-01 12:00:00"] == {"Pita": 2}
     reader.execute("COMMIT")
-    apply_schema(first_version)
+    catvote.initdb(first_version)
     assert inexact(connection) == []
 
 
@@ -266,7 +268,7 @@ def test_a_role_that_may_only_vote_and_read_goes_on_without_a_new_grant(first_ve
         GRANT SELECT ON vote_totals, votes_by_hour TO service
         """
     )
-    apply_schema(first_version)
+    catvote.initdb(first_version)
     connection.execute("SET ROLE service")
     vote(connection, "Gummi")
     assert totals(connection) == {"Gummi": 3, "Pita": 4}
@@ -280,16 +282,16 @@ def test_a_role_that_may_only_vote_and_read_goes_on_without_a_new_grant(first_ve
 @on_every_major
 def test_what_was_counted_once_is_not_counted_again(first_version, connect):
     connection = connect(first_version)
-    apply_schema(first_version)
+    catvote.initdb(first_version)
     connection.execute("UPDATE tally SET votes = votes + 7")
-    apply_schema(first_version)
+    catvote.initdb(first_version)
     assert inexact(connection)
 
 
 def test_an_emptied_tally_is_counted_anew(connection, database):
     vote(connection, "Pita", "Gummi", "Pita")
     connection.execute("DELETE FROM tally")
-    apply_schema(database)
+    catvote.initdb(database)
     assert inexact(connection) == []
 
 
@@ -314,13 +316,13 @@ def test_the_schema_moves_a_sequence_on_that_rows_have_overtaken(connection, dat
     copy_in(connection, 50)
     with pytest.raises(errors.UniqueViolation):
         next_row_id(connection)
-    apply_schema(database)
+    catvote.initdb(database)
     assert next_row_id(connection) == 51
 
 
 def test_the_schema_moves_a_sequence_on_that_was_never_used(connection, database):
     copy_in(connection, 50)
-    apply_schema(database)
+    catvote.initdb(database)
     assert next_row_id(connection) == 51
 
 
@@ -330,12 +332,12 @@ def test_the_schema_never_moves_a_sequence_back(connection, database, row_ids):
     connection.execute("DELETE FROM votes")
     for row_id in row_ids:
         copy_in(connection, row_id)
-    apply_schema(database)
+    catvote.initdb(database)
     assert next_row_id(connection) == 101
 
 
 def test_a_new_database_counts_its_votes_from_one(connection, database):
-    apply_schema(database)
+    catvote.initdb(database)
     assert next_row_id(connection) == 1
 
 
@@ -365,7 +367,7 @@ def test_restored_data_are_exact_after_a_recount(connection, database, server, c
     vote(connection, "Pita", "Gummi", "Pita")
     dump = run(server.bindir / "pg_dump", "--data-only", option, database)
     with new_database(server) as copy:
-        apply_schema(copy)
+        catvote.initdb(copy)
         feed(server, copy, dump)
         restored = connect(copy)
         # The triggers have counted the votes already: a tally from the dump comes on top.

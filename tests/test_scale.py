@@ -23,11 +23,13 @@ from conftest import missing, new_database
 from faults import backends, freeze, frozen, kill, sql
 from load import Load
 from local import ROOT
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres
 from local.processes import spawn, wait_until
 from local.service import Service, free_port
 from psycopg.rows import dict_row
 from scale.nginx import Nginx, find_program
+
+import catvote
 
 FOLDER = ROOT / "tests/scale"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -542,7 +544,7 @@ def both(primary, standby):
     """URL of a database on whichever of the two takes votes, as the guide has it."""
     addresses = [f"127.0.0.1:{server.settings['port']}" for server in (primary, standby)]
     with new_database(primary) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         yield url.replace(addresses[0], ",".join(addresses)) + "?target_session_attrs=read-write"
 
 
