@@ -116,31 +116,30 @@ def test_the_owner_of_a_database_need_not_be_a_superuser(server, empty_database,
 # Mended: the counters
 
 
-ODD = {
-    "a trigger dropped": "DROP TRIGGER votes_count_insert ON votes",
-    "a trigger disabled": "ALTER TABLE votes DISABLE TRIGGER votes_count_delete",
-    "all triggers disabled": "ALTER TABLE votes DISABLE TRIGGER USER",
-    "tally dropped": "ALTER TABLE votes DISABLE TRIGGER USER; DROP TABLE tally CASCADE",
-    "tally dropped and votes refused": "DROP TABLE tally CASCADE",
-    "tally emptied": "DELETE FROM tally",
-    "votes dropped": "DROP TABLE votes CASCADE; CREATE TABLE votes AS SELECT 'Pita' AS vote; DROP TABLE votes",
-    "the index dropped, a trigger too": "DROP INDEX votes_date_created_brin; DROP TRIGGER votes_count_update ON votes",
+CHANGES = """
+    ; INSERT INTO votes (vote) VALUES ('Pita');
+    DELETE FROM votes WHERE row_id = 2;
+    UPDATE votes SET vote = 'Pita' WHERE row_id = 4
+"""
+ACCIDENTS = {
+    "a trigger was dropped": "DROP TRIGGER votes_count_insert ON votes" + CHANGES,
+    "a trigger was disabled": "ALTER TABLE votes DISABLE TRIGGER votes_count_delete" + CHANGES,
+    "all triggers were disabled": "ALTER TABLE votes DISABLE TRIGGER USER" + CHANGES,
+    "tally was dropped": "DROP TABLE tally CASCADE",
+    "tally was dropped, the triggers disabled": "DROP TABLE tally CASCADE; ALTER TABLE votes DISABLE TRIGGER USER"
+    + CHANGES,
+    "tally was emptied": "DELETE FROM tally",
+    "votes was dropped": "DROP TABLE votes CASCADE",
 }
 
 
-@pytest.mark.parametrize("accident", ODD.values(), ids=ODD)
+@pytest.mark.parametrize("accident", ACCIDENTS.values(), ids=ACCIDENTS)
 def test_the_schema_mends_the_counters_after(connection, database, accident):
     vote(connection, "Pita", "Gummi", "Pita", "Gummi")
     connection.execute(accident)
-    if "DISABLE" in accident or "TRIGGER" in accident:
-        vote(connection, "Pita")
-        connection.execute("DELETE FROM votes WHERE row_id = 2; UPDATE votes SET vote = 'Pita' WHERE row_id = 4")
     initdb(database)
     assert inexact(connection) == []
-    vote(connection, "Gummi", "Pita")
-    connection.execute("UPDATE votes SET vote = 'Gummi' WHERE vote = 'Pita'; DELETE FROM votes WHERE row_id = 1")
-    assert inexact(connection) == []
-    connection.execute("TRUNCATE votes")
+    connection.execute(CHANGES)
     assert inexact(connection) == []
 
 
