@@ -573,19 +573,13 @@ class Connection(psycopg.Connection):
                 super().wait(gen, timeout=self.cancel_patience)
             raise
 
-    def is_dead(self) -> bool:
-        """Return whether the server has gone: it has said good-bye, or is silent when it is asked after a long pause."""
-        if something_came(self):
-            return True
-        if monotonic() - self.last_used_at < 10:
-            return False
+    def may_be_dead(self) -> bool:
+        """Return whether the server may have gone, as far as one can know without asking it."""
         # Networks forget silent connections without a word, some after a minute.
-        self.deadline, self.cancel_patience = monotonic() + 0.3, 0
-        try:
-            self.execute("")
-        except psycopg.Error:
-            return True
-        return False
+        return monotonic() - self.last_used_at > UNUSED_TOO_LONG or something_came(self)
+
+
+UNUSED_TOO_LONG = 10  # seconds
 
 
 def something_came(connection: Connection) -> bool:
@@ -596,13 +590,13 @@ def something_came(connection: Connection) -> bool:
 
 
 def living_connection(deadline: float) -> Connection:
-    """Take a connection from the pool. Where one is dead the others may be, too, so then all are replaced.
+    """Take a connection from the pool. Where one may be dead the others may be, too, so then all are replaced.
 
     Raises psycopg_pool.PoolTimeout if there is none by the deadline, and what `pool` raises.
     """
     while True:
         connection = pool().getconn(timeout=deadline - monotonic())
-        if not connection.is_dead():
+        if not connection.may_be_dead():
             return connection
         pool().drain()
         pool().putconn(connection)
@@ -636,6 +630,7 @@ def open_pool() -> ConnectionPool:
         kwargs={"autocommit": True, "prepare_threshold": None},
         min_size=0,
         max_size=3,
+        max_idle=UNUSED_TOO_LONG,
         max_lifetime=300,  # so that no session stays for long on a server that has become a standby
         reconnect_timeout=2,
         open=False,
