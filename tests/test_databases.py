@@ -101,10 +101,11 @@ def test_the_kernel_asks_for_silent_connections_within_a_minute(service, databas
 
 
 def test_votes_of_any_age_count_and_the_history_has_those_of_its_time(application, shared_connection):
-    for moment in "infinity", "-infinity", "0044-03-15 BC", "tomorrow", "now":
+    for moment in "infinity", "-infinity", "0044-03-15 BC", "2020-02-02", "tomorrow", "now":
         shared_connection.execute("INSERT INTO votes (date_created, vote) VALUES (%s, 'Pita')", [moment])
-    assert get(application, "/").votes == {"Gummi": 0, "Pita": 5}
+    assert get(application, "/").votes == {"Gummi": 0, "Pita": 6}
     assert sum(history(application)["Pita"].values()) == 2  # one vote in its hour and its day
+    assert len(shared_connection.execute(application.catvote.HISTORY).fetchall()) == 1  # no more is read
 
 
 def test_the_history_begins_with_an_hour_and_a_day_that_are_whole(application, shared_connection):
