@@ -425,8 +425,7 @@ class Reader:
         deadline = monotonic() + 1.4
         if not self.known_reading(since) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
             try:
-                # Without the pause, a database that refuses at once would be asked, and a line logged, at each visit.
-                if not self.known_reading(since) and not self.failed_within(0.2):
+                if not self.known_reading(since):
                     self.read(deadline)
             finally:
                 self.turn.release()
@@ -446,6 +445,8 @@ class Reader:
 
     def read(self, deadline: float) -> None:
         """Run the statement, and keep what comes of it: the Reading or the Trouble."""
+        if self.failed_within(0.2):  # a database that refuses at once is not asked, and no line logged, at each visit
+            sleep(0.2)
         try:
             with connection_until(deadline, cancel_patience=0.15) as connection:
                 sent_at = monotonic()
