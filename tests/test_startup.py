@@ -22,7 +22,7 @@ from local.service import Service, free_port, procfile, url_of
 import catvote
 
 # Characters that mean something to sh, make, a URL or libpq.
-AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
+AWKWARD = """pass&word#1 ${HOME} $HOME$$ 'single' "double" %25 @:/"""
 OUR_PROGRAMS = f"{sys.prefix}/bin:{os.environ['PATH']}"
 
 
