@@ -33,6 +33,7 @@ endef
 
 define DROP
 \set ON_ERROR_STOP on
+DROP VIEW IF EXISTS public.vote_totals, public.votes_by_day, public.votes_by_hour CASCADE;
 DROP TABLE IF EXISTS public.votes, public.tally CASCADE;
 DROP FUNCTION IF EXISTS public.count_votes(), public.recount_votes() CASCADE;
 endef

@@ -23,6 +23,7 @@ from pathlib import Path
 from select import POLLIN, poll
 from selectors import EVENT_READ
 
+from gunicorn.util import make_fail_app
 from gunicorn.workers import gthread
 
 FOLDER = Path(__file__).resolve().parent
@@ -66,19 +67,19 @@ def on_starting(server):
     except ValueError as error:
         server.log.error("%s", error)
         sys.exit(1)
-    # Until a worker has handlers of its own, what the master sends ends it: the master's, inherited, would swallow it.
-    block = partial(signal.pthread_sigmask, signal.SIG_BLOCK, MASTERS_SIGNALS)
-    unblock = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, MASTERS_SIGNALS)
-    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=end_by_signals)
+    # Until a worker has handlers of its own, the master's, inherited, would swallow what is sent to it: it ends by that.
+    os.register_at_fork(before=hold_signals, after_in_parent=let_signals_come, after_in_child=end_by_signals)
 
 
-MASTERS_SIGNALS = [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1]
+SIGNALS_TO_WORKERS = [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1]
+hold_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS_TO_WORKERS)
+let_signals_come = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS_TO_WORKERS)
 
 
 def end_by_signals():
-    for number in MASTERS_SIGNALS:
+    for number in SIGNALS_TO_WORKERS:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, MASTERS_SIGNALS)
+    let_signals_come()
 
 
 def post_fork(server, worker):
@@ -86,25 +87,31 @@ def post_fork(server, worker):
     logging.basicConfig(handlers=logging.getLogger("gunicorn.error").handlers)
 
 
+# After an answer that did not need all that the visitor sends, gunicorn's thread reads on for so many seconds (else 5).
+gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.05
+
+
 class Worker(gthread.ThreadWorker):
     """gunicorn's gthread worker, with amendments that were checked against gunicorn 27.0.1.
 
-    Its main thread accepts visitors, watches all of whom no request is under way, and hands on the others to its
-    threads. In gunicorn's the main thread, and so everybody, waits for single visitors; in this one it does not.
+    Its main thread accepts visitors and watches those of whom no request is under way; its other threads serve. In
+    gunicorn's, visitors who do nothing hold up both kinds, and with them everybody else; guarded by test_worker.py.
     """
 
+    request_timeout = 30  # seconds; gunicorn has none, and who lost the network in mid-request would keep a thread
+
     def init_process(self):
-        self.serving = {}  # visitors who have a thread or queue for one, and when they have had it for too long
+        self.serving = {}  # visitors who have a thread or queue for one, and when their time is over
         self.leaving = deque()  # visitors who have their last answer
         super().init_process()
 
     def accept(self, listener):
-        """Accept a visitor, who gets a thread with the first words; gunicorn gives silent ones a thread for 5 s."""
+        """Accept a visitor, who gets a thread when something comes; gunicorn gives the silent one, too, for 5 s."""
         try:
             visitor, address = listener.accept()
         except BlockingIOError:  # the other worker was faster
             return
-        except OSError as error:  # too many open files, for example: gunicorn's worker ends
+        except OSError as error:  # too many open files, for example; gunicorn's worker ends
             self.log.warning("cannot accept a visitor: %s", error)
             time.sleep(0.1)
             return
@@ -115,9 +122,9 @@ class Worker(gthread.ThreadWorker):
         self.poller.register(visitor, EVENT_READ, partial(self.on_pending_socket_readable, conn))
 
     def enqueue_req(self, conn):
-        """Let a thread serve a visitor; if no further one can start, one of those that there are (gunicorn ends)."""
+        """Let a thread serve a visitor. If no further one can start, one of the others will; gunicorn's worker ends."""
         self.serving[conn] = inf
-        with suppress(RuntimeError):  # the executor has queued the visitor before it tried
+        with suppress(RuntimeError):  # by then the visitor is in the executor's queue
             self.tpool.submit(self.serve, conn)
 
     def serve(self, conn):
@@ -137,34 +144,33 @@ class Worker(gthread.ThreadWorker):
             self.method_queue.defer(self.see_off, conn)
 
     def handle(self, conn):
-        self.serving[conn] = time.monotonic() + TOO_LONG
+        """Serve one request; return whether the visitor may send another one."""
+        self.serving[conn] = time.monotonic() + self.request_timeout
         return super().handle(conn)
 
     def see_off(self, conn):
-        """Read on until a visitor who has the last answer hangs up, for 2 s at most; close the connection then.
+        """Read on until a visitor who has the last answer hangs up, for 2 s at most, and close the connection then.
 
         Closed while something is unread, it would be reset, and the answer lost (RFC 9112, section 9.6). gunicorn
-        reads on for one visitor after the other.
+        reads on for one visitor after the other, in the main thread.
         """
         conn.timeout = time.monotonic() + 2
         self.leaving.append(conn)
-        try:
+        with suppress(OSError):  # it may be closed or reset already
             conn.sock.shutdown(socket.SHUT_WR)
             conn.sock.setblocking(False)
             self.poller.register(conn.sock, EVENT_READ, partial(self.read_on, conn))
-        except (OSError, ValueError):  # it is closed already
-            self.close(conn)
 
     def read_on(self, conn, connection):
         with suppress(OSError):
             if connection.recv(65536):
                 return
+        self.leaving.remove(conn)
         self.close(conn)
 
     def close(self, conn):
-        with suppress(KeyError, ValueError):
+        with suppress(KeyError, ValueError):  # it never came to that
             self.poller.unregister(conn.sock)
-        self.leaving.remove(conn)
         self.nr_conns -= 1
         conn.close()
 
@@ -172,12 +178,11 @@ class Worker(gthread.ThreadWorker):
         """Close what has been open for too long; gunicorn calls this at least once a second."""
         now = time.monotonic()
         while self.leaving and self.leaving[0].timeout < now:
-            self.close(self.leaving[0])
-        # Somebody who lost the network in mid-request would keep a thread for ever.
+            self.close(self.leaving.popleft())
         for conn, end in list(self.serving.items()):
             if end < now:
                 with suppress(OSError):
-                    conn.sock.shutdown(socket.SHUT_RDWR)
+                    conn.sock.shutdown(socket.SHUT_RDWR)  # the thread finds that there is nothing more
         if not self.alive:  # gunicorn waits until graceful_timeout for those who have said nothing yet
             for conn in self.pending_conns:
                 conn.timeout = min(conn.timeout, now + 2)
@@ -194,14 +199,10 @@ class Worker(gthread.ThreadWorker):
             if not self.cfg.reload:
                 raise
             self.log.exception("catvote.py cannot be imported")
-            self.wsgi = page_with(traceback.format_exc())
+            self.wsgi = make_fail_app(traceback.format_exc())
 
 
 worker_class = Worker
-
-TOO_LONG = 30  # seconds for a request and its answer
-# After an answer that needed only a part of what the visitor sends, a thread reads on for so many seconds.
-gthread.DEFAULT_WORKER_DATA_TIMEOUT = 0.05
 
 
 def next_request_comes(conn):
@@ -211,13 +212,3 @@ def next_request_comes(conn):
     visitor = poll()
     visitor.register(conn.sock, POLLIN)
     return bool(visitor.poll(50))
-
-
-def page_with(text):
-    """Return a WSGI application that shows a text."""
-
-    def application(environ, start_response):
-        start_response("500 Internal Server Error", [("Content-Type", "text/plain; charset=utf-8")])
-        return [text.encode()]
-
-    return application

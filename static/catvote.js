@@ -65,7 +65,6 @@ async function follow() {
 
 // Back after a while offline, or looked at again
 window.ononline = document.onvisibilitychange = () => {
-  if (document.hidden) return;
   delay = 1000;
   follow();
 };

@@ -153,16 +153,18 @@ def test_days_are_those_of_the_reader(cluster):
 
 def test_a_role_may_be_allowed_to_vote_and_no_more(cluster):
     cluster.psql(guide("role"))
+    forged = "CREATE TRIGGER forged BEFORE DELETE ON mine FOR EACH ROW EXECUTE FUNCTION public.change_vote()"
     for node in cluster.nodes:
         url = node.url().replace(f"postgres:{node.password}", "voter:another password".replace(" ", "%20"))
         with Service(url, WEB_CONCURRENCY="1") as service:
             assert vote(service).status == 303
             assert get(service, "/?voted=Pita").votes == totals(cluster.url)
             assert get(service, "/history").status == 200
+        assert sql(url, "SELECT sum(votes) FROM public.votes_by_day") == [(sum(totals(cluster.url).values()),)]
         for forbidden in (
             "DELETE FROM public.votes",
             "INSERT INTO public.tally VALUES (now(), 'Pita', 1, 1000)",
-            "SELECT public.count_vote('Pita', now(), 1, 1000)",
+            f"CREATE TEMP TABLE mine (vote text); {forged}",
         ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 sql(url, forbidden)
@@ -201,15 +203,40 @@ def test_update_delete_and_copy_keep_the_tally_at_any_node(cluster):
 @pytest.mark.parametrize("change", ["DELETE FROM public.votes", "UPDATE public.votes SET vote = 'Pita'"])
 def test_a_vote_that_two_change_at_once_is_counted_once(cluster, change):
     sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Gummi')")
-    with psycopg.connect(cluster.url) as first, ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
         first.execute("DELETE FROM public.votes")
         second = threads.submit(sql, cluster.nodes[1].url(), change)
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: any(sql(node.url(), waiting) for node in cluster.nodes))
+        wait_until(lambda: somebody_waits(cluster))
         first.commit()
         with pytest.raises(psycopg.errors.SerializationFailure, match="please try again"):
             second.result()
     assert_exact(cluster.url)
+
+
+def test_a_vote_that_was_changed_after_another_had_read_it_is_counted_once(cluster):
+    sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Gummi'), ('Pita')")
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
+        first.execute("DELETE FROM public.votes WHERE vote = 'Gummi'")
+        second = threads.submit(sql, cluster.nodes[1].url(), "DELETE FROM public.votes")
+        wait_until(lambda: somebody_waits(cluster))
+        sql(cluster.url, "UPDATE public.votes SET date_created = now() - interval '1 day' WHERE vote = 'Pita'")
+        first.rollback()
+        with pytest.raises(psycopg.errors.SerializationFailure, match="please try again"):
+            second.result()
+    assert_exact(cluster.url)
+
+
+def somebody_waits(cluster):
+    """Return whether a server process of some node waits for a lock."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    return any(sql(node.url(), waiting) for node in cluster.nodes)
+
+
+def test_a_connection_keeps_to_one_slot_of_its_own(cluster):
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO public.votes (vote) VALUES ('Gummi'), ('Pita')")
+        slots = connection.execute("SELECT DISTINCT slot FROM public.ballots").fetchall()
+        assert slots == [(connection.info.backend_pid % 32,)]
 
 
 def copy(server, old, cluster, commands):
@@ -221,6 +248,7 @@ def copy(server, old, cluster, commands):
 
 def test_a_dump_of_one_server_is_loaded(cluster, server, database):
     sql(database, "INSERT INTO votes (vote) SELECT unnest('{Gummi,Pita,Pita}'::text[]) FROM generate_series(1, 400)")
+    sql(database, "DELETE FROM votes WHERE row_id BETWEEN 100 AND 200")
     copy(server, database, cluster, guide("dump"))
     rows = "SELECT row_id, date_created, vote FROM votes ORDER BY row_id"
     assert sql(cluster.url, rows) == sql(database, rows)
@@ -241,6 +269,20 @@ def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(clus
     assert_exact(cluster.url)
     assert {answer.status for answer in load.answers} == {200, 303}
     assert sum(totals(cluster.url).values()) == 20000 + len(load.acknowledged)
+
+
+def test_two_recounts_take_turns_and_no_vote_waits_for_them(cluster):
+    past_the_view = "INSERT INTO public.ballots (slot, row_id, vote) VALUES (99, 1, 'Pita')"
+    sql(cluster.url, past_the_view)
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
+        first.execute("SELECT public.recount_votes()")
+        second = threads.submit(sql, cluster.nodes[1].url(), "SELECT public.recount_votes()")
+        wait_until(lambda: somebody_waits(cluster))
+        sql(cluster.url, "SET lock_timeout = '5s'; INSERT INTO public.votes (vote) VALUES ('Pita')")
+        first.commit()
+        second.result()
+    assert_exact(cluster.url)
+    assert totals(cluster.url)["Pita"] == 2
 
 
 # Nodes

@@ -17,16 +17,19 @@ from types import SimpleNamespace
 import psutil
 import psycopg
 import pytest
+from checkout import Running, make, nothing_runs_in, only_line
 from client import Answer
 from conftest import missing, new_database
 from faults import backends, freeze, frozen, kill, sql
 from load import Load
 from local import ROOT
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres
 from local.processes import spawn, wait_until
 from local.service import Service, free_port
 from psycopg.rows import dict_row
 from scale.nginx import Nginx, find_program
+
+import catvote
 
 FOLDER = ROOT / "tests/scale"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -130,9 +133,9 @@ def test_a_form_that_is_too_long_is_refused_by_the_service_and_a_much_longer_one
 
 def test_the_service_learns_of_https_and_everybodys_page_tells_by_what_way_it_came(services, take_votes, tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    make += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    subprocess.run(make, check=True, capture_output=True)
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
     port = free_port()
     files = {"certificate.pem": str(certificate), "key.pem": str(key)}
     https = {"127.0.0.1:8443": f"127.0.0.1:{port}", "#listen": "listen", "#ssl_": "ssl_", **files}
@@ -175,11 +178,10 @@ def test_everybodys_pages_are_asked_for_once_a_second_whatever_host_visitors_nam
     assert not any(b".example" in answer.body for answer in answers)
 
 
-@pytest.mark.parametrize("path", EVERYBODYS)
-def test_many_who_ask_at_once_for_a_page_that_nobody_has_yet_cost_one_request(nginx, services, path):
+def test_many_who_ask_at_once_for_a_page_that_nobody_has_yet_cost_one_request(nginx, services):
     with ThreadPoolExecutor(max_workers=20) as visitors:
         with frozen(services[0].process.pid), frozen(services[1].process.pid):
-            answers = [visitors.submit(get, nginx, path) for _ in range(20)]
+            answers = [visitors.submit(get, nginx) for _ in range(20)]
             time.sleep(0.5)
         caches = sorted(answer.result().headers["X-Cache"] for answer in answers)
     assert caches == 19 * ["HIT"] + ["MISS"]
@@ -195,7 +197,7 @@ def test_the_first_visitor_after_a_quiet_time_sees_the_present(nginx):
 
 @pytest.mark.alone
 def test_slow_visitors_by_the_hundred_hold_up_nobody_and_are_sent_away(services):
-    patience = {f"client_{part}_timeout 10s": f"client_{part}_timeout 5s" for part in ("header", "body")}
+    patience = {f"client_{part}_timeout 10s": f"client_{part}_timeout 3s" for part in ("header", "body")}
     nginx = Nginx(*services, replace={"worker_processes auto": "worker_processes 1", **patience})
     nginx.command = f"sh -c 'ulimit -Sn 500; exec {nginx.command}'"
     with nginx, ExitStack() as stack:
@@ -262,7 +264,7 @@ def test_pages_go_on_while_no_service_answers_and_votes_count_again_soon_after(o
         assert "Please try again" in history.text
         for name in "Content-Security-Policy", "Retry-After", "X-Content-Type-Options":
             assert lost.headers[name]
-        assert lost.headers["Server"] == "nginx"
+        assert (lost.headers["Server"], lost.headers.get_content_type()) == ("nginx", "text/html")
         with own_service:
             wait_until(lambda: vote(nginx).status == 303, seconds=5)
             wait_until(lambda: get(nginx).headers["Age"] is None)
@@ -277,6 +279,16 @@ def test_pages_go_on_while_services_have_no_database(nginx, services, service_wi
     for path in EVERYBODYS:
         answer = asked_anew(nginx, path)
         assert (answer.status, answer.headers["X-Cache"], answer.body) == (200, "STALE", before[path])
+
+
+def test_a_tally_that_the_service_calls_outdated_is_called_so_by_nginx(server, database, own_service):
+    name = database.rpartition("/")[2]
+    with Nginx(own_service, own_service) as nginx:
+        assert get(nginx, "/tally.json").headers["Age"] is None
+        sql(server.url(), f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        sql(server.url(), "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", name)
+        outdated = wait_until(lambda: get(nginx, "/tally.json").headers.get_all("Age"))
+    assert len(outdated) == 1
 
 
 def reload(nginx, settings):
@@ -309,7 +321,6 @@ def test_a_vote_that_a_frozen_service_has_could_not_be_confirmed_and_is_stored_o
     assert late + take_votes() == ["Pita", "Gummi", "Gummi"]
 
 
-@pytest.mark.alone
 def test_a_vote_that_a_dying_service_has_is_not_sent_to_the_other(database, own_service):
     with (
         Service(database, WEB_CONCURRENCY="1") as first,
@@ -385,31 +396,34 @@ def test_a_reload_waits_for_a_slow_visitor_for_so_long_only(services):
         reload(nginx, nginx.settings)
 
 
-def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(database, tmp_path):
+def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(project, database):
     need("nginx")
-    port, log = free_port(), tmp_path / "log"
-    environment = {**os.environ, "DATABASE_URL": database, "PORT": str(port), "WEB_CONCURRENCY": "1"}
-    with log.open("w") as output:
-        process = psutil.Popen(
-            ["make", "scale"], cwd=ROOT, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
-        wait_until(lambda: "Ctrl-C ends" in log.read_text() or not process.is_running())
+    (project / ".env").write_text(f"DATABASE_URL={database}\nGUNICORN_CMD_ARGS=--bind=127.0.0.1:1\n")
+    with Running(project, "make scale", "Ctrl-C ends") as scale:
         printed = re.search(
-            rf"Open http://127.0.0.1:{port} in a browser: nginx before http://127.0.0.1:(\d+) and http://127.0.0.1:(\d+)\.\n"
-            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n$",
-            log.read_text(),
+            rf"Open {scale.url} in a browser: nginx before (http://127.0.0.1:\d+) and (http://127.0.0.1:\d+)\.\n"
+            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n",
+            scale.log,
         )
-        assert printed, log.read_text()
-        assert get(SimpleNamespace(port=port)).headers["X-Cache"] == "MISS"
-        assert get(SimpleNamespace(port=printed[1])).status == get(SimpleNamespace(port=printed[2])).status == 200
-        family = process.children(recursive=True)
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(timeout=40)
-    assert not psutil.wait_procs(family, timeout=10)[1]
+        assert printed, scale.log
+        assert vote(scale).status == 303
+        assert get(scale).headers["X-Cache"] == "MISS"
+    assert sql(database, "SELECT count(*) FROM votes") == [(1,)]
+    assert nothing_runs_in(project)
     assert not Path(printed[3]).exists()
-    assert "Traceback" not in log.read_text()
+
+
+def test_make_scale_says_in_one_line_that_its_port_is_in_use(project):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = make(project, "scale", PORT=str(taken.getsockname()[1]))
+    assert result.returncode != 0
+    assert "is in use" in only_line(result.stderr)
+
+
+def test_a_program_is_found_in_the_folder_for_servers_which_is_not_on_everybodys_path(monkeypatch):
+    need("nginx")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_program("nginx")
 
 
 def test_a_program_that_is_not_installed_is_named_with_its_package():
@@ -475,7 +489,6 @@ def test_a_password_reaches_pgbouncer_by_no_weaker_way_than_the_server(pgbouncer
     assert sql(f"{pgbouncer}?require_auth=scram-sha-256", "SELECT 1") == [(1,)]
 
 
-@pytest.mark.alone
 def test_what_a_voter_is_told_behind_pgbouncer_is_true(database, pgbouncer):
     with Service(pgbouncer, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor() as visitors:
         with psycopg.connect(database) as connection:
@@ -531,7 +544,7 @@ def both(primary, standby):
     """URL of a database on whichever of the two takes votes, as the guide has it."""
     addresses = [f"127.0.0.1:{server.settings['port']}" for server in (primary, standby)]
     with new_database(primary) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         yield url.replace(addresses[0], ",".join(addresses)) + "?target_session_attrs=read-write"
 
 
@@ -545,7 +558,6 @@ def test_a_promoted_standby_has_every_acknowledged_vote(primary, standby, both, 
     verify(load, service)
 
 
-@pytest.mark.alone
 def test_no_vote_is_acknowledged_that_the_standby_does_not_have(standby, both):
     with Service(both, WEB_CONCURRENCY="1") as service:
         wait_until(lambda: vote(service).status == 303)

@@ -1,6 +1,6 @@
 """gunicorn with our settings and our worker: visitors who stay, limits of the machine, signals, logs.
 
-Two more of its guards have their tests where `make dev` has its own: test_startup.py and test_machines.py.
+What they are for `make dev` is tested with it, in test_startup.py and test_machines.py.
 """
 
 import re
@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import ssl
+import struct
 import subprocess
 import time
 from contextlib import ExitStack, contextmanager
@@ -91,58 +92,62 @@ def test_nobody_waits_for_visitors_who(said, shared_service):
         waits = [seconds_for(lambda: get(shared_service, "/")) for _ in range(50)]
     assert max(waits) < 1.5
     assert shared_service.workers() == before
+    assert "cannot accept" not in shared_service.log  # when the other worker has
 
 
 @pytest.mark.parametrize("said", [b"GET / HT", write("POST", "/add", FORM, "Content-Length: 10")])
 def test_who_stops_in_mid_request_keeps_no_thread_for_ever(said, altered):
-    with altered("TOO_LONG = 1", WEB_CONCURRENCY="1") as service, visitors(service, 70, said):
+    with altered("Worker.request_timeout = 1", WEB_CONCURRENCY="1") as service, visitors(service, 70, said):
         assert get(service, "/").status == 200
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """File with a key and a certificate for 127.0.0.1."""
+@pytest.fixture(scope="module", params=["http", "https"])
+def any_service(request, shared_service, shared_database, tmp_path_factory):
+    """The service by http, and by https."""
+    if request.param == "http":
+        yield shared_service
+        return
     if not shutil.which("openssl"):
         missing("no openssl: apt-get install openssl")
-    file = tmp_path_factory.mktemp("certificate") / "both.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=127.0.0.1", "-keyout"]
-    subprocess.run([*command, file, "-out", f"{file}.crt"], check=True, capture_output=True)
-    file.write_text(file.read_text() + file.with_name("both.pem.crt").read_text())
-    return file
+    folder = tmp_path_factory.mktemp("certificate")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out certificate"
+    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
+    arguments = f"--certfile={folder / 'certificate'} --keyfile={folder / 'key'}"
+    with Service(shared_database, GUNICORN_CMD_ARGS=arguments) as service:
+        yield service
 
 
-@pytest.fixture
-def connect_by(shared_service, shared_database, certificate):
-    """A function that returns a new connection, of which nothing else is known, to the service by http or https."""
-    with ExitStack() as stack:
-
-        def connect(scheme):
-            if scheme == "http":
-                service = shared_service
-            else:
-                arguments = f"--certfile={certificate}"
-                service = stack.enter_context(Service(shared_database, GUNICORN_CMD_ARGS=arguments))
-            connection = socket.create_connection(("127.0.0.1", service.port), timeout=20)
-            if scheme == "https":
-                context = ssl.create_default_context(cafile=certificate)
-                context.check_hostname = False
-                connection = context.wrap_socket(connection)
-            return stack.enter_context(connection)
-
-        yield connect
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service):
+    with visitors(any_service, 1) as (visitor,):
+        if any_service.told.certfile:
+            trusting = ssl.create_default_context(cafile=any_service.told.certfile)
+            visitor = trusting.wrap_socket(visitor, server_hostname="localhost")
+        visitor.sendall(REFUSED_IN_MID_BODY)
+        for _ in range(10):
+            time.sleep(0.1)  # as over a slow line
+            visitor.sendall(b"a" * 100)
+        answer = HTTPResponse(visitor)
+        answer.begin()
+        assert answer.status == 413
+        assert b"none was counted" in answer.read()
 
 
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_who_is_refused_in_mid_body_can_go_on_and_read_why(scheme, connect_by):
-    connection = connect_by(scheme)
-    connection.sendall(REFUSED_IN_MID_BODY)
-    for _ in range(10):
-        time.sleep(0.1)  # as over a slow line
-        connection.sendall(b"a" * 100)
-    answer = HTTPResponse(connection)
-    answer.begin()
-    assert answer.status == 413
-    assert b"none was counted" in answer.read()
+def test_no_worker_ends_when_visitors_break_off(any_service):
+    files = {worker: worker.num_fds() for worker in workers_of(any_service)}
+    start_of_tls = b"\x16\x03\x01\x02\x00"
+    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, start_of_tls, b"":
+        with visitors(any_service, 10, said):
+            pass
+        with visitors(any_service, 10, said) as breaking_off:
+            for visitor in breaking_off:
+                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                if said == LAST:
+                    visitor.recv(1)
+    with visitors(any_service, 30, LAST) as staying:  # the last whom the workers have to close
+        for visitor in staying:
+            visitor.recv(1)
+        wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
+    assert any_service.workers() == [*files]
 
 
 def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
@@ -150,6 +155,10 @@ def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
         answers = []
         assert seconds_for(lambda: answers.extend(listen(visitor))) < 0.5
     assert [answer.status for answer in answers] == [200] * 15
+
+
+def test_no_header_of_a_visitor_changes_the_path(shared_service):
+    assert get(shared_service, "/", "SCRIPT_NAME: /elsewhere").status == 200
 
 
 # An application that tells which thread it runs in.
@@ -183,6 +192,13 @@ def test_a_thread_waits_for_its_visitors_next_request(altered):
         assert stayed > 15  # a busy machine may be late now and then
 
 
+def test_a_visitor_who_asks_and_asks_lets_others_have_the_thread(altered):
+    many = write("HEAD", "/?voted=Pita") * 99 + write("HEAD", "/", "Connection: close")
+    with altered("threads = 1", WEB_CONCURRENCY="1") as service, visitors(service, 1, many) as (asking,):
+        assert get(service, "/").status == 200
+        assert 0 < asking.recv(10**6).count(b"HTTP/1.1 200") < 80
+
+
 # Limits of the machine
 
 
@@ -205,7 +221,8 @@ def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
     with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
         before = workers_of(service, 1)
         with visitors(service, 300, write("GET", "/")):
-            wait_until(lambda: "cannot accept" in service.log)
+            # It says so ten times a second, and does not try all the time.
+            assert seconds_for(lambda: wait_until(lambda: service.log.count("cannot accept") >= 5)) > 0.3
         assert get(service, "/").status == 200
         assert service.workers() == before
 
@@ -312,10 +329,14 @@ def test_a_worker_that_misses_the_rotation_of_logs_is_replaced(altered):
         wait_until(lambda: service.workers() and early not in service.workers())
 
 
-def test_the_end_does_not_wait_for_visitors_who_have_asked_nothing(shared_database):
-    with Service(shared_database) as service, visitors(service, 4):
+def test_at_the_end_visitors_who_have_asked_nothing_yet_have_a_moment_to_do_so(shared_database):
+    with Service(shared_database) as service, visitors(service, 4) as (visitor, *_):
         assert get(service, "/").status == 200
-        assert seconds_for(service.stop) < 10
+        service.process.terminate()
+        time.sleep(0.5)
+        visitor.sendall(LAST)
+        assert [answer.status for answer in listen(visitor)] == [200]
+        assert seconds_for(service.process.wait) < 10
 
 
 def test_platforms_and_routers_find_the_times_they_need():

@@ -69,7 +69,7 @@ class Contestant(Service):
         self.most_connections = 0  # to the database, that were seen after a turn
 
     def __exit__(self, *_):
-        with suppress(AssertionError, ProcessLookupError):  # uvicorn leaves a process behind for a moment
+        with suppress(RuntimeError):  # uvicorn leaves a process behind for a moment
             self.stop()
 
     def get(self, path):

@@ -66,10 +66,10 @@ def wrk(contestant, seconds, requests, unit=1, connections=CONNECTIONS, rest=0):
     contestant.note_connections()
     polls_only = all(request.startswith("POLL") for request in requests)
     answered = result["unchanged"] if polls_only else result["requests"]
-    if not answered and not result["failed"] and seconds < 30:  # too little time: a very short turn, or a busy machine
+    if not answered and not result["failed"] and seconds < 5:  # too little time: a very short turn, or a busy machine
         return wrk(contestant, 2 * seconds, requests, unit, connections, rest)
     if not answered or result["failed"]:
-        print(f"{result['failed']} of {result['requests']} requests failed, among {set(requests)}", file=sys.stderr)
+        print(f"No figures for {sorted(set(requests))}: {result}", file=sys.stderr)
         return None
     units = result["requests"] / unit
     return Turn(units / result["seconds"], result["p50"], result["p99"], *(1e6 * seconds / units for seconds in used))

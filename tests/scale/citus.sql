@@ -123,8 +123,8 @@ END
 $$;
 COMMENT ON FUNCTION public.change_vote() IS 'Does to ballots and tally what a statement does to a row of votes.';
 
--- Else any role could forge the tally.
-REVOKE EXECUTE ON FUNCTION public.count_vote(text, timestamptz, int, int), public.change_vote() FROM PUBLIC;
+-- Else any role could tie it to a table of its own and forge votes.
+REVOKE EXECUTE ON FUNCTION public.change_vote() FROM PUBLIC;
 
 -- What the page shows to everybody, any role may read: it needs no account on the nodes for that.
 CREATE OR REPLACE FUNCTION public.read_totals() RETURNS TABLE (vote text, votes bigint)

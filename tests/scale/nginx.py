@@ -7,9 +7,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from local.postgres import read_dotenv, target
 from local.processes import as_command, wait_for
 from local.service import Service, check_settings
+from local.settings import read_dotenv
+from local.target import target
 
 SETTINGS = Path(__file__).with_name("nginx.conf")
 
@@ -45,7 +46,7 @@ class Nginx(Service):
         self.place = tempfile.TemporaryDirectory(prefix="catvote-nginx-", dir="/tmp")
         os.chmod(self.place.name, 0o755)
         command = f"{find_program('nginx')} -p . -e stderr -c nginx.conf"
-        super().__init__("", to_terminal, command, Path(self.place.name), **environment)
+        super().__init__(None, to_terminal, command, Path(self.place.name), **environment)
         self.settings = SETTINGS.read_text()
         replacements = {
             "127.0.0.1:8000": f"127.0.0.1:{self.port}",
@@ -58,24 +59,17 @@ class Nginx(Service):
             self.settings = self.settings.replace(text, replacement)
         (self.folder / "nginx.conf").write_text(self.settings)
 
-    def stop(self) -> int:
-        """End it, remove its folder, and return its status."""
-        status = super().stop()
-        self.place.cleanup()
-        return status
-
 
 def main():
     """Run nginx and two services for a person, until Ctrl-C or SIGTERM."""
     with as_command():
         read_dotenv()
+        os.environ["GUNICORN_CMD_ARGS"] = ""  # it may have an address, and both services would listen there
         port = check_settings()
-        find_program("nginx")
-        environment = {**os.environ, "PORT": ""}  # the services' are any free ones
         with (
             target(exclusive=True) as database,
-            Service(database.url, to_terminal=True, **environment) as first,
-            Service(database.url, to_terminal=True, **environment) as second,
+            Service(database.url, to_terminal=True) as first,
+            Service(database.url, to_terminal=True) as second,
             Nginx(first, second, to_terminal=True, PORT=port) as nginx,
         ):
             print(f"Open {nginx.url} in a browser: nginx before {first.url} and {second.url}.")
