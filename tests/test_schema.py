@@ -232,14 +232,13 @@ def test_mixed_statements_of_many_sessions_neither_deadlock_nor_miscount(connect
             f"BEGIN; DELETE FROM votes WHERE {own}; ROLLBACK",
             f"DELETE FROM votes WHERE {own} AND row_id % 3 < 2",
         ]
-        if number == 0:
-            statements.append("TRUNCATE votes")
+        statements.append("TRUNCATE votes" if number == 0 else "SELECT recount_votes()")
         for statement in statements * 12:
             while True:
                 try:
                     writer.execute(statement)
                     break
-                except errors.SerializationFailure:
+                except (errors.SerializationFailure, errors.UniqueViolation):  # of recounts from older snapshots
                     writer.execute("ROLLBACK")
 
     with psycopg.connect(database, autocommit=True) as reader, ThreadPoolExecutor() as executor:
@@ -336,14 +335,6 @@ def test_a_snapshot_older_than_a_truncate_sees_neither_votes_nor_totals(connecti
     assert totals(connection) == {"Gummi": 1, "Pita": 1}
 
 
-def test_a_truncate_from_an_older_snapshot_takes_newer_votes_along(connection, database, connect):
-    older = connect(database)
-    older.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-    vote(connection, "Pita", "Gummi")
-    older.execute("TRUNCATE votes; COMMIT")
-    assert inexact(connection) == []
-
-
 def test_recount_mends_a_damaged_tally(connection):
     vote(connection, "Pita", "Gummi", "Pita")
     connection.execute("UPDATE tally SET votes = votes + 7 WHERE vote = 'Pita'")
@@ -378,23 +369,6 @@ def test_two_recounts_at_once_mend_a_damage_once(connection, database, connect):
     wait_until_blocked(connection, second)
     first.execute("COMMIT")
     running.result()
-    assert inexact(connection) == []
-
-
-@on_every_major
-def test_recounts_among_votes_of_many_sessions_leave_the_counters_exact(connection, database):
-    def work(session, number):
-        for _ in range(60):
-            if number == 0:
-                session.execute("SELECT recount_votes()")
-                assert inexact(session) == []
-            else:
-                vote(session, "Pita", "Gummi")
-                session.execute(
-                    "UPDATE votes SET date_created = date_created - interval '1 hour' WHERE row_id %% 7 = %s", [number]
-                )
-
-    at_once(4, database, work)
     assert inexact(connection) == []
 
 
@@ -462,17 +436,6 @@ def explain(connection, statement):
     ((plan,),) = connection.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}").fetchone()
     pages = plan["Plan"]["Shared Hit Blocks"] + plan["Plan"]["Shared Read Blocks"]
     return str(plan), pages, sum(trigger["Calls"] for trigger in plan.get("Triggers", []))
-
-
-def test_totals_cost_the_same_with_many_votes_as_with_few(connection):
-    vote(connection, "Pita", "Gummi")
-    _, pages, _ = explain(connection, "SELECT * FROM vote_totals")
-    connection.execute(MANY_VOTES)
-    for _ in range(1000):
-        vote(connection, "Pita")
-    _, later_pages, _ = explain(connection, "SELECT * FROM vote_totals")
-    assert later_pages <= pages + 5
-    assert explain(connection, "SELECT vote, count(*) FROM votes GROUP BY vote")[1] > 1000
 
 
 @on_every_major
