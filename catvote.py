@@ -567,27 +567,23 @@ class Connection(psycopg.Connection):
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
         except psycopg.OperationalError:
-            if (
-                self.pgconn.transaction_status == TransactionStatus.ACTIVE
-            ):  # the statement still runs: it is our time-out
+            is_our_time_out = self.pgconn.transaction_status == TransactionStatus.ACTIVE  # the statement still runs
+            if is_our_time_out:
                 self.cancel_safe(timeout=self.cancel_patience)
                 super().wait(gen, timeout=self.cancel_patience)
             raise
 
     def may_be_dead(self) -> bool:
         """Return whether the server may have gone, as far as one can know without asking it."""
+        arrivals = poll()
+        arrivals.register(self.fileno(), POLLIN)
+        # On an idle connection, what comes from the server is hardly ever anything but good-bye.
+        server_has_hung_up = bool(arrivals.poll(0))
         # Networks forget silent connections without a word, some after a minute.
-        return monotonic() - self.last_used_at > UNUSED_TOO_LONG or something_came(self)
+        return server_has_hung_up or monotonic() - self.last_used_at > UNUSED_TOO_LONG
 
 
 UNUSED_TOO_LONG = 10  # seconds
-
-
-def something_came(connection: Connection) -> bool:
-    """Return whether the server has sent something: on an idle connection that is hardly ever anything but good-bye."""
-    poller = poll()
-    poller.register(connection.fileno(), POLLIN)
-    return bool(poller.poll(0))
 
 
 def living_connection(deadline: float) -> Connection:
