@@ -1,7 +1,8 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
 A server such as gunicorn calls `app`, at the end of this file, for each request. From there Bottle calls the handler of
-the address, which asks the database and fills a template. A page made less than a second ago is sent again from memory.
+the address, which asks the database and fills a template. While what the database said is fresh, pages made of it are
+sent again from memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import mimetypes
 import os
 import re
 from collections import Counter
@@ -22,6 +22,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from io import BytesIO
 from math import inf
+from mimetypes import MimeTypes
 from pathlib import Path
 from select import POLLIN, poll
 from threading import Event, Lock
@@ -72,10 +73,10 @@ log = logging.getLogger("catvote")
 
 @routes.get("/")
 def index():
-    """The page. `?voted=CAT` adds thanks and a tally read from now on, so with that vote, whichever worker answers."""
-    make_thanks = makers_of_thanks.get(request.query.voted)
-    if make_thanks:
-        return send(tally.reading(since=monotonic()).content(make_thanks))
+    """The page. `?voted=CAT` adds thanks, and a tally that is read now, so with that vote, whichever worker stored it."""
+    make_thanks_page = thanks_page_makers.get(request.query.voted)
+    if make_thanks_page:
+        return send(tally.reading(since=monotonic()).content(make_thanks_page))
     return send(tally.latest_reading().content(make_index))
 
 
@@ -101,7 +102,7 @@ def tally_json():
     reading = tally.latest_reading()
     answer = send(reading.content(make_tally_json))
     if reading.outdated:
-        answer.set_header("Age", str(int(monotonic() - reading.begun_at)))
+        answer.set_header("Age", str(int(monotonic() - reading.sent_at)))
     return answer
 
 
@@ -113,10 +114,10 @@ def history_page():
 
 @routes.get("/healthz")
 def healthz():
-    """200 if tally and history can be read from the database now, for a platform that asks; else 503."""
+    """For a platform that asks: 200 if tally and history can be read from the database, else 503; within 4 seconds."""
     asked_at = monotonic()
     for reader in tally, history:
-        if reader.reading(since=asked_at).begun_at < asked_at:
+        if reader.reading(since=asked_at).sent_at < asked_at:
             raise Unavailable(reader.trouble)
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
@@ -142,7 +143,7 @@ def is_cross_origin(environ: dict) -> bool:
     if site:
         return site not in ("same-origin", "none")
     origin, host = environ.get("HTTP_ORIGIN"), environ.get("HTTP_HOST", "")
-    if not origin:  # no browser sent it
+    if not origin:  # not a browser, or an old one
         return False
     scheme, _, address = origin.lower().partition("://")
     default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
@@ -177,11 +178,11 @@ def read_body(limit: int) -> bytes:
 
 
 class Unavailable(HTTPError):
-    """The answer 503: the database has met with a Trouble."""
+    """The answer 503: a statement has failed, and `trouble` says what became of it."""
 
     def __init__(self, trouble: Trouble | None):
         super().__init__(503, Retry_After="5")
-        self.trouble = trouble or Trouble.NO_ANSWER
+        self.trouble = trouble or Trouble.NOT_IN_TIME
 
 
 def error_page(error: HTTPError) -> str:
@@ -210,11 +211,11 @@ KEEP_FOR_A_YEAR = "max-age=31536000, immutable"
 
 
 class Content:
-    """The body of an answer, and its headers. By the entity tag, a browser that has this body already gets a 304."""
+    """The body of an answer, and its headers. A browser that has this body already, as the entity tag shows, gets a 304."""
 
     def __init__(self, body: bytes, content_type: str, cache_control: str = ASK_AGAIN):
         self.body = body
-        self.tag = f'"{sha256(body).hexdigest()[:16]}"'
+        self.tag = f'"{sha256(cache_control.encode() + body).hexdigest()[:16]}"'
         self.cache_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
         self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.cache_headers]
 
@@ -233,12 +234,14 @@ def make_index(reading: Reading, voted: str | None = None) -> Content:
     return html(render("index", votes=votes, thanked=CANDIDATES.get(voted), outdated=reading.outdated))
 
 
-makers_of_thanks = {cat: partial(make_index, voted=cat) for cat in CANDIDATES}
+thanks_page_makers = {cat: partial(make_index, voted=cat) for cat in CANDIDATES}
 
 
 def make_tally_json(reading: Reading) -> Content:
     """Return the tally for scripts."""
-    return Content(json.dumps(dict(reading.rows)).encode(), "application/json")
+    # An outdated one has an Age, which a browser would keep with its copy when the outage is over.
+    cache_control = "no-store" if reading.outdated else ASK_AGAIN
+    return Content(json.dumps(dict(reading.rows)).encode(), "application/json", cache_control)
 
 
 def make_history(reading: Reading) -> Content:
@@ -251,11 +254,11 @@ def make_history(reading: Reading) -> Content:
 
 
 def votes_in_periods(rows: list[tuple], seconds: int, number: int) -> list[tuple[datetime, Counter]]:
-    """Return when each of the last `number` periods of so many seconds began, in UTC, and its votes for each cat."""
+    """Return the last `number` periods of so many seconds, each as its beginning in UTC and its votes for each cat."""
     present = int(time()) // seconds
     periods = {period: Counter() for period in range(present - number + 1, present + 1)}
-    for began_at, vote, votes in rows:  # seconds since 1970
-        period = began_at // seconds
+    for hour, vote, votes in rows:  # in seconds since 1970
+        period = hour // seconds
         if period in periods:
             periods[period][vote] += votes
     return [(datetime.fromtimestamp(period * seconds, timezone.utc), votes) for period, votes in periods.items()]
@@ -318,15 +321,16 @@ class VoteStore:
 
     def store_batch(self, batch: Batch) -> None:
         """Store a batch when its turn comes. If the turn does not come in time, the batch is never sent."""
-        has_turn = self.turn.acquire(timeout=0.2 if self.last_failed else 1.5)
+        has_turn = False
         try:
+            has_turn = self.turn.acquire(timeout=0.2 if self.last_failed else 1.5)
             with self.joining:
                 self.next_batch = Batch()
             if has_turn:
                 batch.troubles = insert(batch.votes)
                 self.last_failed = any(trouble not in (None, Trouble.REFUSED) for trouble in batch.troubles.values())
             else:
-                batch.troubles = dict.fromkeys(batch.votes, Trouble.NO_ANSWER)
+                batch.troubles = dict.fromkeys(batch.votes, Trouble.NOT_IN_TIME)
         finally:  # whatever happens, nobody waits for ever
             batch.decided.set()
             if has_turn:
@@ -368,18 +372,18 @@ HISTORY = """
 class Reading:
     """The rows that a statement returned, and the contents made of them.
 
-    begun_at -- time.monotonic() when the statement was sent: its rows have every vote that was committed before
+    sent_at -- time.monotonic() when the statement was sent: the rows have every vote that was committed before
     outdated -- whether it is older than was asked for; the page says so
     """
 
     rows: list[tuple]
-    begun_at: float
+    sent_at: float
     outdated: bool = False
     contents: dict[Callable, Content] = field(default_factory=dict)
     making: Lock = field(default_factory=Lock)
 
     def content(self, make: Callable[[Reading], Content]) -> Content:
-        """Return make(self), which is made once, however many visitors ask for it at the same moment."""
+        """Return make(self): made by the first visitor who asks for it, kept for the others."""
         with self.making:
             if make not in self.contents:
                 self.contents[make] = make(self)
@@ -388,16 +392,16 @@ class Reading:
     @cached_property
     def as_outdated(self) -> Reading:
         """The same rows for a visitor who asked for newer ones."""
-        return Reading(self.rows, self.begun_at, outdated=True)
+        return Reading(self.rows, self.sent_at, outdated=True)
 
 
 class Reader:
-    """Reads by one statement, at the wish of its visitors, and keeps the last Reading.
+    """Keeps the last Reading of one statement, and makes a newer one when a visitor needs it.
 
     One visitor at a time reads. The others wait for that, and share the result.
 
-    fresh -- age in seconds up to which a Reading is good enough
-    trouble -- why the last attempt that failed did so
+    fresh -- age in seconds up to which a Reading is good enough for most visitors
+    trouble -- why the last attempt failed, if it did
     """
 
     def __init__(self, statement: str, fresh: float):
@@ -410,50 +414,47 @@ class Reader:
 
     def latest_reading(self) -> Reading:
         """Return a Reading that is fresh, or the last one, as outdated. Raises Unavailable if there is none."""
-        return self.fresh_reading() or self.reading(since=monotonic() - self.fresh)
-
-    def fresh_reading(self) -> Reading | None:
-        """Return the last Reading if that is fresh, without a wait."""
-        return self.known_reading(since=monotonic() - self.fresh)
-
-    def known_reading(self, since: float) -> Reading | None:
-        """Return the last Reading if it began at that moment or later, without a wait."""
-        reading = self.last
-        return reading if reading and reading.begun_at >= since else None
+        return self.reading(since=monotonic() - self.fresh)
 
     def reading(self, since: float) -> Reading:
-        """Return a Reading that began at that moment or later, or the last one, as outdated.
+        """Return a Reading sent at that moment or later, or the last one, as outdated. Raises Unavailable if there is none.
 
-        The visitor who reads is held for 1.7 seconds at most, and others for 0.8; for none at all if an attempt has just
-        failed. Raises Unavailable if there is no Reading.
+        The visitor who reads is held for 1.7 seconds at most. Others wait for that one for 0.8 seconds at most, or not at
+        all within 5 seconds of a failure.
         """
-        deadline = monotonic() + 1.3
-        if self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
+        deadline = monotonic() + 1.4
+        if not self.known_reading(since) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
             try:
-                # The pause keeps a database that refuses at once from being asked, and the log filled, at each visit.
-                if not self.known_reading(since) and not self.failed_within(0.2):
+                if not self.known_reading(since):
                     self.read(deadline)
             finally:
                 self.turn.release()
         if self.last is None:
             raise Unavailable(self.trouble)
-        # One that took too long is not fresh either.
+        # A Reading that took longer than `fresh` is outdated when it arrives.
         return self.known_reading(since=max(since, monotonic() - self.fresh)) or self.last.as_outdated
+
+    def known_reading(self, since: float) -> Reading | None:
+        """Return the last Reading if it was sent at that moment or later."""
+        reading = self.last
+        return reading if reading and reading.sent_at >= since else None
+
+    def failed_within(self, seconds: float) -> bool:
+        """Return whether the last attempt failed, and no longer ago than that."""
+        return monotonic() - self.failed_at < seconds
 
     def read(self, deadline: float) -> None:
         """Run the statement, and keep what comes of it: the Reading or the Trouble."""
+        if self.failed_within(0.2):  # a database that refuses at once is not asked, and no line logged, at each visit
+            sleep(0.2)
         try:
-            with connection_until(deadline, cancel_patience=0.2) as connection:
-                begun_at = monotonic()
+            with connection_until(deadline, cancel_patience=0.15) as connection:
+                sent_at = monotonic()
                 rows = connection.execute(self.statement).fetchall()
         except Unavailable as error:
             self.trouble, self.failed_at = error.trouble, monotonic()
         else:
-            self.last, self.failed_at = Reading(rows, begun_at), -inf
-
-    def failed_within(self, seconds: float) -> bool:
-        """Return whether the last attempt failed, and no longer ago than so many seconds."""
-        return monotonic() - self.failed_at < seconds
+            self.last, self.trouble, self.failed_at = Reading(rows, sent_at), None, -inf
 
 
 # The database
@@ -469,13 +470,14 @@ def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connec
     Raises Unavailable, also in place of the statement's errors.
     """
     try:
-        connection = pool().getconn(timeout=deadline - monotonic())
+        connection = living_connection(deadline)
     except (psycopg.Error, RuntimeError, ValueError) as error:  # no connection in time, no thread, a malformed URL
         log_error(error)
-        raise Unavailable(Trouble.NO_ANSWER) from error
+        raise Unavailable(Trouble.NOT_IN_TIME) from error
     try:
         connection.deadline, connection.cancel_patience = deadline, cancel_patience
         yield connection
+        connection.last_used_at = monotonic()
     except (psycopg.Error, ValueError) as error:  # ValueError: text in a row that cannot be decoded
         log_error(error)
         trouble = trouble_of(error)
@@ -490,7 +492,7 @@ def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connec
 class Trouble(Enum):
     """What became of a statement that failed."""
 
-    NO_ANSWER = "It was not sent, or it was late and the server says that it is cancelled: it is certainly not done."
+    NOT_IN_TIME = "It was not sent in time, or was late and is cancelled: it is certainly not done."
     UNCERTAIN = "It was sent, and no clear answer came: it may have been done."
     REFUSED = "It breaks a check constraint of the schema: it is certainly not done."
     NOT_READY = "The database answers, but cannot do it: it is certainly not done."
@@ -502,8 +504,8 @@ def trouble_of(error: Exception) -> Trouble:
         return Trouble.UNCERTAIN
     if isinstance(error, CheckViolation):
         return Trouble.REFUSED
-    if isinstance(error, QueryCanceled):  # we asked for that: see Connection.wait
-        return Trouble.NO_ANSWER
+    if isinstance(error, QueryCanceled):  # by us: see Connection.wait; or by the operator
+        return Trouble.NOT_IN_TIME
     return Trouble.NOT_READY
 
 
@@ -537,7 +539,7 @@ class Connection(psycopg.Connection):
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.deadline = inf  # this and the next: see connection_until
+        self.deadline = inf  # connection_until sets this and the next each time it lends the connection
         self.cancel_patience = 0
         self.last_used_at = monotonic()
 
@@ -554,44 +556,47 @@ class Connection(psycopg.Connection):
     def wait(self, gen, interval=0.1, timeout=None):
         """Wait for the server's answer, which `gen`, a generator of psycopg's, reads until it is complete.
 
-        After the deadline, ask the server to cancel the statement, and go on with `gen` a little. If the server says
-        that it cancelled, nothing was done: that raises QueryCanceled. If it is silent, it may do it later. If it says
-        that the statement was done, we report the time-out all the same: with synchronous replication, a commit that is
-        cancelled may be on this server only.
+        Past the deadline, ask the server to cancel the statement, and wait a little longer. There are three ends. The
+        server confirms the cancel: QueryCanceled, nothing was done. It stays silent: it may still do it. It reports
+        success, and we report the time-out all the same: with synchronous replication, a commit whose wait was cancelled
+        may be on this server only.
 
-        psycopg calls this for each statement (checked: 3.3.9; guarded by tests/test_faults.py). The request to cancel
-        ends in time since libpq 17, which psycopg[binary] brings.
+        psycopg calls this for each statement, without a `timeout` (checked: 3.3.9; guarded by tests/test_faults.py). The
+        request to cancel ends in time since libpq 17, which psycopg[binary] brings.
         """
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
         except psycopg.OperationalError:
-            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # no answer came: it is past the deadline
+            is_our_time_out = self.pgconn.transaction_status == TransactionStatus.ACTIVE  # the statement still runs
+            if is_our_time_out:
                 self.cancel_safe(timeout=self.cancel_patience)
                 super().wait(gen, timeout=self.cancel_patience)
             raise
 
+    def may_be_dead(self) -> bool:
+        """Return whether the server may have gone, as far as one can know without asking it."""
+        arrivals = poll()
+        arrivals.register(self.fileno(), POLLIN)
+        # On an idle connection, what comes from the server is hardly ever anything but good-bye.
+        server_has_hung_up = bool(arrivals.poll(0))
+        # Networks forget silent connections without a word, some after a minute.
+        return server_has_hung_up or monotonic() - self.last_used_at > UNUSED_TOO_LONG
 
-UNUSED_TOO_LONG = 10  # seconds; networks forget silent connections without a word, some after a minute
+
+UNUSED_TOO_LONG = 10  # seconds
 
 
-def refuse_if_dead(connection: Connection) -> None:
-    """Raise psycopg.OperationalError if a connection may be dead, as far as one can know without asking the server.
+def living_connection(deadline: float) -> Connection:
+    """Take a connection from the pool. Where one may be dead the others may be, too, so then all are replaced.
 
-    The pool calls this before it lends a connection, and takes another one if it raises. Where one is dead the others
-    may be, too: all are replaced.
+    Raises psycopg_pool.PoolTimeout if there is none by the deadline, and what `pool` raises.
     """
-    if monotonic() - connection.last_used_at > UNUSED_TOO_LONG or server_has_hung_up(connection):
-        connection.close()
+    while True:
+        connection = pool().getconn(timeout=deadline - monotonic())
+        if not connection.may_be_dead():
+            return connection
         pool().drain()
-        raise psycopg.OperationalError("the connection may be dead")
-    connection.last_used_at = monotonic()
-
-
-def server_has_hung_up(connection: Connection) -> bool:
-    """Return whether the server has sent something: on an idle connection that is hardly ever anything but good-bye."""
-    poller = poll()
-    poller.register(connection.fileno(), POLLIN)
-    return bool(poller.poll(0))
+        pool().putconn(connection)
 
 
 pool_of_this_process: ConnectionPool | None = None
@@ -617,10 +622,9 @@ def open_pool() -> ConnectionPool:
         connection_settings(database_url()),
         name="catvote",
         connection_class=Connection,
-        # A statement is a transaction: one message there and one back. It is not prepared, since behind a pooler each
-        # statement may reach another server process.
+        # A statement is a transaction: one message there and one back. Statements are not prepared, since behind a pooler
+        # each may reach another server process.
         kwargs={"autocommit": True, "prepare_threshold": None},
-        check=refuse_if_dead,
         min_size=0,
         max_size=3,
         max_idle=UNUSED_TOO_LONG,
@@ -644,7 +648,7 @@ def connection_settings(url: str) -> str:
         "connect_timeout": "5",  # seconds
         "keepalives_idle": "20",
         "keepalives_interval": "20",
-        # Without one, libpq looks for a certificate in HOME. If that may not be read, it does without TLS, silently.
+        # If nobody names a certificate, libpq looks for one in HOME; where it may not, it does without TLS, silently.
         "sslcert": os.environ.get("PGSSLCERT", "/nonexistent"),
     }
     encoding = {"client_encoding": "UTF8"}  # whatever the database, a role or the environment say
@@ -693,8 +697,10 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
-static_files = {f"/{quote(file.relative_to(FOLDER).as_posix())}": file for file in visible_files(FOLDER / "static")}
-VERSION = sha256(b"".join(file.read_bytes() for file in static_files.values())).hexdigest()[:8]
+file_bodies = {
+    f"/{quote(file.relative_to(FOLDER).as_posix())}": file.read_bytes() for file in visible_files(FOLDER / "static")
+}
+VERSION = sha256(b"".join(file_bodies.values())).hexdigest()[:8]
 
 
 def static_url(name: str) -> str:
@@ -702,14 +708,14 @@ def static_url(name: str) -> str:
     return f"/static/{quote(name)}?v={VERSION}"
 
 
-def file_content(file: Path, cache_control: str) -> Content:
-    """Return a static file as Content."""
-    content_type, _ = mimetypes.guess_type(file.name)
-    return Content(file.read_bytes(), content_type or "application/octet-stream", cache_control)
+def file_content(path: str, cache_control: str) -> Content:
+    """Return a static file as Content, of the type that Python knows for its name, whatever this machine knows."""
+    content_type, _ = MimeTypes().guess_type(path)
+    return Content(file_bodies[path], content_type or "application/octet-stream", cache_control)
 
 
-files = {path: file_content(file, ASK_AGAIN) for path, file in static_files.items()}
-files |= {f"{path}?v={VERSION}": file_content(file, KEEP_FOR_A_YEAR) for path, file in static_files.items()}
+files = {path: file_content(path, ASK_AGAIN) for path in file_bodies}
+files |= {f"{path}?v={VERSION}": file_content(path, KEEP_FOR_A_YEAR) for path in file_bodies}
 
 SHARED_VALUES = {
     "candidates": CANDIDATES,
@@ -760,14 +766,16 @@ def app(environ, start_response):
 
 
 def content_in_memory(environ: dict, path: str) -> Content | None:
-    """Return the content asked for if it is there, and fresh. It saves a page a quarter of its CPU: that of routing."""
+    """Return the content asked for if it is there, and fresh. This skips Bottle's routing, a quarter of a page's CPU."""
     if environ["REQUEST_METHOD"] != "GET":
         return None
     query = environ.get("QUERY_STRING")
     if query:
         return files.get(f"{path}?{query}")
-    reader, make = shared_pages.get(path, (None, None))
-    reading = reader and reader.fresh_reading()
+    if path not in shared_pages:
+        return None
+    reader, make = shared_pages[path]
+    reading = reader.known_reading(since=monotonic() - reader.fresh)
     return reading and reading.contents.get(make)
 
 

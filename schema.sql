@@ -101,8 +101,12 @@ BEGIN
     INSERT INTO public.tally AS counter (hour, vote, slot, votes)
     SELECT hour, vote, -1, sum(votes)
     FROM (
-        SELECT coalesce(hour, '-infinity'), vote, count(*)
-        FROM (SELECT date_trunc('hour', date_created, 'UTC'), vote FROM public.votes) AS counted (hour, vote)
+        SELECT coalesce(hour, '-infinity'), vote, sum(votes)
+        FROM (
+            SELECT date_trunc('hour', date_created, 'UTC') AS hour, vote, count(*) AS votes
+            FROM public.votes
+            GROUP BY hour, vote
+        ) AS counted
         GROUP BY GROUPING SETS ((vote), (vote, hour))
         HAVING hour IS NULL OR isfinite(hour)
         UNION ALL

@@ -15,12 +15,14 @@ import pytest
 from checkout import Running, copy_of_project
 from faults import backends, most_at_once, sql
 from inprocess import InProcess
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
 from local.service import Service, free_port
 from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
+
+import catvote
 
 # Tests reach databases by URL alone.
 for name in [name for name in os.environ if name.startswith("PG")]:
@@ -86,7 +88,7 @@ def new_database(server, template="template0"):
 def template(server):
     """Name of a database with the schema, to be copied."""
     with new_database(server) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         yield url.rpartition("/")[2]
 
 

@@ -116,7 +116,10 @@ class Network:
     def carry(self, client):
         """Carry bytes both ways, until either side hangs up or has been silent for too long."""
         time.sleep(self.delay)
-        with suppress(OSError), socket.create_connection((self.target.hostname, self.target.port)) as server:
+        with (
+            suppress(OSError, ValueError),
+            socket.create_connection((self.target.hostname, self.target.port)) as server,
+        ):
             ways = {client: server, server: client}
             while ready := select.select(ways, [], [], self.forgets_after)[0]:
                 for sender in ready:

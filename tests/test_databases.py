@@ -12,7 +12,7 @@ import pytest
 from client import get, vote
 from conftest import missing, new_database
 from faults import sql
-from local.postgres import ROOT
+from local import ROOT
 from local.processes import wait_until
 
 from catvote import initdb

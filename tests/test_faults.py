@@ -22,9 +22,11 @@ from client import get, vote
 from conftest import missing, new_database, unsurprised
 from faults import Network, backends, end_sessions, frozen, kill, recovery, sql
 from load import Load
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
 from local.service import Service
+
+import catvote
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def database(server):
     """URL of a database with the schema and no votes, for one test."""
     server.start()
     with new_database(server) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         yield url
 
 
@@ -352,7 +354,7 @@ def unreadable_home(tmp_path):
 @pytest.mark.parametrize("mode", ["", "?sslmode=prefer", "?sslmode=require"])
 def test_the_way_to_the_database_is_encrypted_whatever_is_in_home(tls_server, unreadable_home, mode):
     with new_database(tls_server) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         with unsurprised(Service(url + mode, WEB_CONCURRENCY="1", HOME=unreadable_home)) as service:
             assert vote(service).status == 303
             assert get(service, "/healthz").status == 200

@@ -18,7 +18,7 @@ import pytest
 from client import FORM, ask, chunked, get, vote
 from conftest import unsurprised
 from faults import backends, end_sessions
-from local.postgres import ROOT
+from local import ROOT
 from local.processes import wait_until
 from local.service import Service, free_port
 

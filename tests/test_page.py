@@ -300,6 +300,22 @@ def test_an_answer_that_does_not_come_is_not_waited_for(visit):
     expect(count(page, "Gummi")).not_to_have_text("99")
 
 
+def test_a_question_that_is_asked_anew_does_not_interrupt_the_live_count(visit):
+    page = visit(clock=True)
+    unanswered = []
+    page.route("**/tally.json", lambda route: route.continue_() if unanswered else unanswered.append(route))
+    wait_until(lambda: let_pass(page, 1) or unanswered)
+    page.evaluate("""
+        interrupted = false;
+        new MutationObserver(([change]) => { interrupted ||= !change.target.hidden; })
+            .observe(document.querySelector("#outdated"), { attributes: true });
+    """)
+    with page.expect_response("**/tally.json"):
+        page.evaluate("dispatchEvent(new Event('online'))")
+    page.wait_for_timeout(100)
+    assert not page.evaluate("interrupted")
+
+
 def test_an_error_interrupts_the_live_count(visit):
     page = visit(clock=True)
     page.route("**/tally.json", lambda route: route.fulfill(status=503, json={"Gummi": 99}))
@@ -417,6 +433,7 @@ def test_an_unknown_cat_is_refused_with_a_way_back(visit):
 def test_an_unknown_page_leads_to_the_cats(visit):
     page = visit("/no-such-page")
     expect(page.get_by_role("heading")).to_have_text("There is no such page")
+    expect(page.get_by_role("main")).not_to_contain_text("no-such-page")
     assert_goes_on(page, "Back to the vote")
 
 

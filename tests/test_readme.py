@@ -31,7 +31,7 @@ import pytest
 from client import get, vote
 from conftest import missing, new_database
 from gunicorn.config import KNOWN_SETTINGS
-from local.postgres import ROOT
+from local import ROOT
 from local.service import Service
 
 import catvote

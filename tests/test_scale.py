@@ -17,17 +17,19 @@ from types import SimpleNamespace
 import psutil
 import psycopg
 import pytest
-from checkout import Running, nothing_runs_in
+from checkout import Running, make, nothing_runs_in, only_line
 from client import Answer
 from conftest import missing, new_database
 from faults import backends, freeze, frozen, kill, sql
 from load import Load
 from local import ROOT
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres
 from local.processes import spawn, wait_until
 from local.service import Service, free_port
 from psycopg.rows import dict_row
 from scale.nginx import Nginx, find_program
+
+import catvote
 
 FOLDER = ROOT / "tests/scale"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -131,9 +133,9 @@ def test_a_form_that_is_too_long_is_refused_by_the_service_and_a_much_longer_one
 
 def test_the_service_learns_of_https_and_everybodys_page_tells_by_what_way_it_came(services, take_votes, tmp_path):
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    make += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
-    subprocess.run(make, check=True, capture_output=True)
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
     port = free_port()
     files = {"certificate.pem": str(certificate), "key.pem": str(key)}
     https = {"127.0.0.1:8443": f"127.0.0.1:{port}", "#listen": "listen", "#ssl_": "ssl_", **files}
@@ -262,7 +264,7 @@ def test_pages_go_on_while_no_service_answers_and_votes_count_again_soon_after(o
         assert "Please try again" in history.text
         for name in "Content-Security-Policy", "Retry-After", "X-Content-Type-Options":
             assert lost.headers[name]
-        assert lost.headers["Server"] == "nginx"
+        assert (lost.headers["Server"], lost.headers.get_content_type()) == ("nginx", "text/html")
         with own_service:
             wait_until(lambda: vote(nginx).status == 303, seconds=5)
             wait_until(lambda: get(nginx).headers["Age"] is None)
@@ -404,9 +406,24 @@ def test_make_scale_serves_on_one_port_says_so_and_leaves_nothing_behind(project
             scale.log,
         )
         assert printed, scale.log
+        assert vote(scale).status == 303
         assert get(scale).headers["X-Cache"] == "MISS"
+    assert sql(database, "SELECT count(*) FROM votes") == [(1,)]
     assert nothing_runs_in(project)
     assert not Path(printed[3]).exists()
+
+
+def test_make_scale_says_in_one_line_that_its_port_is_in_use(project):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        result = make(project, "scale", PORT=str(taken.getsockname()[1]))
+    assert result.returncode != 0
+    assert "is in use" in only_line(result.stderr)
+
+
+def test_a_program_is_found_in_the_folder_for_servers_which_is_not_on_everybodys_path(monkeypatch):
+    need("nginx")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert find_program("nginx")
 
 
 def test_a_program_that_is_not_installed_is_named_with_its_package():
@@ -527,7 +544,7 @@ def both(primary, standby):
     """URL of a database on whichever of the two takes votes, as the guide has it."""
     addresses = [f"127.0.0.1:{server.settings['port']}" for server in (primary, standby)]
     with new_database(primary) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         yield url.replace(addresses[0], ",".join(addresses)) + "?target_session_attrs=read-write"
 
 

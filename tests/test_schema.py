@@ -232,14 +232,13 @@ def test_mixed_statements_of_many_sessions_neither_deadlock_nor_miscount(connect
             f"BEGIN; DELETE FROM votes WHERE {own}; ROLLBACK",
             f"DELETE FROM votes WHERE {own} AND row_id % 3 < 2",
         ]
-        if number == 0:
-            statements.append("TRUNCATE votes")
+        statements.append("TRUNCATE votes" if number == 0 else "SELECT recount_votes()")
         for statement in statements * 12:
             while True:
                 try:
                     writer.execute(statement)
                     break
-                except errors.SerializationFailure:
+                except (errors.SerializationFailure, errors.UniqueViolation):  # of recounts from older snapshots
                     writer.execute("ROLLBACK")
 
     with psycopg.connect(database, autocommit=True) as reader, ThreadPoolExecutor() as executor:
@@ -336,14 +335,6 @@ def test_a_snapshot_older_than_a_truncate_sees_neither_votes_nor_totals(connecti
     assert totals(connection) == {"Gummi": 1, "Pita": 1}
 
 
-def test_a_truncate_from_an_older_snapshot_takes_newer_votes_along(connection, database, connect):
-    older = connect(database)
-    older.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-    vote(connection, "Pita", "Gummi")
-    older.execute("TRUNCATE votes; COMMIT")
-    assert inexact(connection) == []
-
-
 def test_recount_mends_a_damaged_tally(connection):
     vote(connection, "Pita", "Gummi", "Pita")
     connection.execute("UPDATE tally SET votes = votes + 7 WHERE vote = 'Pita'")
@@ -381,23 +372,6 @@ def test_two_recounts_at_once_mend_a_damage_once(connection, database, connect):
     assert inexact(connection) == []
 
 
-@on_every_major
-def test_recounts_among_votes_of_many_sessions_leave_the_counters_exact(connection, database):
-    def work(session, number):
-        for _ in range(60):
-            if number == 0:
-                session.execute("SELECT recount_votes()")
-                assert inexact(session) == []
-            else:
-                vote(session, "Pita", "Gummi")
-                session.execute(
-                    "UPDATE votes SET date_created = date_created - interval '1 hour' WHERE row_id %% 7 = %s", [number]
-                )
-
-    at_once(4, database, work)
-    assert inexact(connection) == []
-
-
 # What a vote is
 
 
@@ -411,8 +385,9 @@ def test_the_constraint_refuses_all_but_the_cats(connection, cat):
 @pytest.mark.parametrize("column", ["vote", "date_created"])
 def test_nothing_may_be_null(connection, column):
     row = {"vote": "Pita", "date_created": "2000-01-01", column: None}
-    with pytest.raises(errors.NotNullViolation):
+    with pytest.raises(errors.NotNullViolation) as refusal:
         connection.execute("INSERT INTO votes (vote, date_created) VALUES (%(vote)s, %(date_created)s)", row)
+    assert refusal.value.diag.table_name == "votes"  # and not the tally
 
 
 def test_a_vote_gets_its_number_and_date_by_itself_and_cannot_choose_the_number(connection):
@@ -463,17 +438,6 @@ def explain(connection, statement):
     return str(plan), pages, sum(trigger["Calls"] for trigger in plan.get("Triggers", []))
 
 
-def test_totals_cost_the_same_with_many_votes_as_with_few(connection):
-    vote(connection, "Pita", "Gummi")
-    _, pages, _ = explain(connection, "SELECT * FROM vote_totals")
-    connection.execute(MANY_VOTES)
-    for _ in range(1000):
-        vote(connection, "Pita")
-    _, later_pages, _ = explain(connection, "SELECT * FROM vote_totals")
-    assert later_pages <= pages + 5
-    assert explain(connection, "SELECT vote, count(*) FROM votes GROUP BY vote")[1] > 1000
-
-
 @on_every_major
 def test_ten_years_of_hours_make_neither_totals_nor_the_last_month_dearer(connection):
     connection.execute(
@@ -493,12 +457,15 @@ def test_ten_years_of_hours_make_neither_totals_nor_the_last_month_dearer(connec
         assert pages < 100  # of some 3,000
 
 
-def test_the_counters_that_votes_change_stay_off_the_index(connection):
-    for _ in range(500):
-        vote(connection, "Pita")
-    connection.execute("SELECT pg_stat_force_next_flush()") if connection.info.server_version >= 15_00_00 else None
-    query = "SELECT n_tup_hot_upd::float / n_tup_upd FROM pg_stat_user_tables WHERE relname = 'tally'"
-    assert connection.execute(query).fetchone()[0] > 0.9
+def test_counters_change_without_a_change_of_their_index(connection):
+    hours = "INSERT INTO votes (vote, date_created) SELECT 'Pita', now() - n * interval '1 hour' FROM generate_series(1, 2000) AS n"
+    connection.execute(hours)
+    connection.execute("BEGIN")
+    connection.execute(hours)
+    query = "SELECT n_tup_upd, n_tup_hot_upd FROM pg_stat_xact_user_tables WHERE relname = 'tally'"
+    updated, without_index = connection.execute(query).fetchone()
+    assert updated == 2001
+    assert without_index > 1900
 
 
 def test_a_statement_is_counted_once_not_each_of_its_rows(connection):

@@ -1,6 +1,6 @@
 """gunicorn with our settings and our worker: visitors who stay, limits of the machine, signals, logs.
 
-Two more of its guards have their tests where `make dev` has its own: test_startup.py and test_machines.py.
+What they are for `make dev` is tested with it, in test_startup.py and test_machines.py.
 """
 
 import re
@@ -92,6 +92,7 @@ def test_nobody_waits_for_visitors_who(said, shared_service):
         waits = [seconds_for(lambda: get(shared_service, "/")) for _ in range(50)]
     assert max(waits) < 1.5
     assert shared_service.workers() == before
+    assert "cannot accept" not in shared_service.log  # when the other worker has
 
 
 @pytest.mark.parametrize("said", [b"GET / HT", write("POST", "/add", FORM, "Content-Length: 10")])
@@ -133,13 +134,19 @@ def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service):
 
 def test_no_worker_ends_when_visitors_break_off(any_service):
     files = {worker: worker.num_fds() for worker in workers_of(any_service)}
-    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
-        with visitors(any_service, 10, said) as breaking_off:
-            for visitor in breaking_off:
-                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    start_of_tls = b"\x16\x03\x01\x02\x00"
+    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, start_of_tls, b"":
         with visitors(any_service, 10, said):
             pass
-    wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
+        with visitors(any_service, 10, said) as breaking_off:
+            for visitor in breaking_off:
+                visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+                if said == LAST:
+                    visitor.recv(1)
+    with visitors(any_service, 30, LAST) as staying:  # the last whom the workers have to close
+        for visitor in staying:
+            visitor.recv(1)
+        wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
     assert any_service.workers() == [*files]
 
 
@@ -148,6 +155,10 @@ def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
         answers = []
         assert seconds_for(lambda: answers.extend(listen(visitor))) < 0.5
     assert [answer.status for answer in answers] == [200] * 15
+
+
+def test_no_header_of_a_visitor_changes_the_path(shared_service):
+    assert get(shared_service, "/", "SCRIPT_NAME: /elsewhere").status == 200
 
 
 # An application that tells which thread it runs in.
@@ -181,6 +192,13 @@ def test_a_thread_waits_for_its_visitors_next_request(altered):
         assert stayed > 15  # a busy machine may be late now and then
 
 
+def test_a_visitor_who_asks_and_asks_lets_others_have_the_thread(altered):
+    many = write("HEAD", "/?voted=Pita") * 99 + write("HEAD", "/", "Connection: close")
+    with altered("threads = 1", WEB_CONCURRENCY="1") as service, visitors(service, 1, many) as (asking,):
+        assert get(service, "/").status == 200
+        assert 0 < asking.recv(10**6).count(b"HTTP/1.1 200") < 80
+
+
 # Limits of the machine
 
 
@@ -203,7 +221,8 @@ def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
     with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
         before = workers_of(service, 1)
         with visitors(service, 300, write("GET", "/")):
-            wait_until(lambda: "cannot accept" in service.log)
+            # It says so ten times a second, and does not try all the time.
+            assert seconds_for(lambda: wait_until(lambda: service.log.count("cannot accept") >= 5)) > 0.3
         assert get(service, "/").status == 200
         assert service.workers() == before
 
@@ -310,10 +329,14 @@ def test_a_worker_that_misses_the_rotation_of_logs_is_replaced(altered):
         wait_until(lambda: service.workers() and early not in service.workers())
 
 
-def test_the_end_does_not_wait_for_visitors_who_have_asked_nothing(shared_database):
-    with Service(shared_database) as service, visitors(service, 4):
+def test_at_the_end_visitors_who_have_asked_nothing_yet_have_a_moment_to_do_so(shared_database):
+    with Service(shared_database) as service, visitors(service, 4) as (visitor, *_):
         assert get(service, "/").status == 200
-        assert seconds_for(service.stop) < 10
+        service.process.terminate()
+        time.sleep(0.5)
+        visitor.sendall(LAST)
+        assert [answer.status for answer in listen(visitor)] == [200]
+        assert seconds_for(service.process.wait) < 10
 
 
 def test_platforms_and_routers_find_the_times_they_need():

@@ -6,7 +6,7 @@ month_votes = sum(sum(votes.values()) for began, votes in charts["day"])
 %>
 <h1>How the votes came in</h1>
 % if outdated:
-<p class="intro">The database is away: these are the last known votes.</p>
+<p class="intro">The history is interrupted: these are the last known votes.</p>
 % end
 % if month_votes == 0:
 <p class="intro">There was no vote in the last 30 days.</p>

@@ -59,12 +59,6 @@ class Nginx(Service):
             self.settings = self.settings.replace(text, replacement)
         (self.folder / "nginx.conf").write_text(self.settings)
 
-    def stop(self) -> int:
-        """End it, remove its folder, and return its status."""
-        status = super().stop()
-        self.place.cleanup()
-        return status
-
 
 def main():
     """Run nginx and two services for a person, until Ctrl-C or SIGTERM."""
