@@ -65,7 +65,7 @@ def test_no_vote_is_lost_and_pages_go_on_when_the_server_is(server, database, ve
         failing_at = time.monotonic()
         stop(server)
         down_at = time.monotonic()
-        time.sleep(4)
+        time.sleep(3)
         outage = down_at + 1, time.monotonic()
         server.start()
         up_at = time.monotonic()
@@ -98,6 +98,7 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
     verify(load, service, statuses=(200, 303))
 
 
+@pytest.mark.alone
 def test_the_service_starts_before_its_server(server, database, verify):
     server.terminate()
     with Service(database) as service, Load(service, watchers=20) as load:
@@ -116,11 +117,12 @@ def test_the_service_starts_before_its_server(server, database, verify):
     assert all(page.status == 503 and "</html>" in page.text for page in pages)
 
 
+@pytest.mark.alone
 def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
         load.go_on(votes=500)
         with frozen(server.server_pid):
-            time.sleep(9)  # longer than a vote may take
+            time.sleep(6)  # longer than a vote may take
         thawed_at = time.monotonic()
         load.go_on(votes=1000)
     recovered = recovery(load, thawed_at)
@@ -137,7 +139,7 @@ def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             locked_at = time.monotonic()
-            time.sleep(9)  # longer than a vote may take
+            time.sleep(6)  # longer than a vote may take
         freed_at = time.monotonic()
         load.go_on(votes=200)
     recovered = recovery(load, freed_at)
