@@ -247,7 +247,7 @@ def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(own, connec
         assert answer.status == 503
         assert f"your vote {verdict}" in answer.text
         assert "oven" not in answer.text
-        assert "database: the oven is broken" in caplog.text
+        assert "database: the oven is broken CONTEXT: PL/pgSQL function" in caplog.text  # in one line
     assert vote(own).status == 303
 
 
@@ -263,3 +263,8 @@ def errors_at_votes(connection, sqlstate):
         yield
     finally:
         connection.execute("DROP FUNCTION fail CASCADE")
+
+
+def test_an_error_without_words_is_logged_by_its_name(application, caplog):
+    application.catvote.log_error(ValueError())
+    assert "database: ValueError" in caplog.text
