@@ -208,9 +208,6 @@ def application(serve, shared_database):
     return serve(shared_database)
 
 
-stored = take_votes  # its old name, until every test has changed over
-
-
 @pytest.fixture
 def project():
     """A copy of the project, for one test."""
