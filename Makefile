@@ -33,6 +33,7 @@ endef
 
 define DROP
 \set ON_ERROR_STOP on
+DROP VIEW IF EXISTS public.vote_totals, public.votes_by_day, public.votes_by_hour CASCADE;
 DROP TABLE IF EXISTS public.votes, public.tally CASCADE;
 DROP FUNCTION IF EXISTS public.count_votes(), public.recount_votes() CASCADE;
 endef
@@ -78,8 +79,8 @@ dropdb: $(NEEDED) ## Drop what schema.sql made, votes and all; asks first
 report: $(NEEDED) ## Show the votes, in total and by day
 	@exec $(WITH_DATABASE) 'echo "$$REPORT" | eval "$$PSQL"'
 
-bench: test-packages ## Measure how much the service bears
-	@exec .venv/bin/python -m bench
+bench: test-packages ## Measure how much the service bears; make bench BESIDE=FOLDER: beside another checkout
+	@exec .venv/bin/python -m bench $(if $(BESIDE),--beside "$(BESIDE)") $(BENCH)
 
 scale: packages ## Serve as make run does, by two services behind nginx
 	@exec .venv/bin/python -m scale.nginx

@@ -1,7 +1,8 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
 A server such as gunicorn calls `app`, at the end of this file, for each request. From there Bottle calls the handler of
-the address, which asks the database and fills a template; what others have asked a moment ago is answered from memory.
+the address, which asks the database and fills a template. While what the database said is fresh, pages made of it are
+sent again from memory.
 """
 
 from __future__ import annotations
@@ -9,23 +10,23 @@ from __future__ import annotations
 import atexit
 import json
 import logging
-import mimetypes
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from enum import Enum
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from hashlib import sha256
 from io import BytesIO
 from math import inf
+from mimetypes import MimeTypes
 from pathlib import Path
 from select import POLLIN, poll
 from threading import Event, Lock
-from time import monotonic, time
+from time import monotonic, sleep, time
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -61,6 +62,7 @@ QUESTION = "Two cats dressed as donuts: which one do you like better?"
 SUMMARY = "Two cats dressed as donuts, Pita and Fruit Gummi, want your vote."  # for search engines and chats
 
 SITE_URL = os.environ.get("SITE_URL", "").strip().rstrip("/")  # for links in chats, which have to be absolute
+FOLDER = Path(__file__).resolve().parent
 DEVELOPMENT = os.environ.get("DEVELOPMENT", "").lower() in ("1", "true", "yes", "on")
 
 # Requests and their answers
@@ -71,11 +73,11 @@ log = logging.getLogger("catvote")
 
 @routes.get("/")
 def index():
-    """The page; `?voted=CAT` adds thanks, and a tally that includes that vote, whichever worker answers."""
-    thanks_page = thanks_pages.get(request.query.voted)
-    if thanks_page:
-        return send(tally.begun_since(monotonic()).content(thanks_page))
-    return send(tally.latest().content(index_page))
+    """The page. `?voted=CAT` adds thanks, and a tally that is read now, so with that vote, whichever worker stored it."""
+    make_thanks_page = thanks_page_makers.get(request.query.voted)
+    if make_thanks_page:
+        return send(tally.reading(since=monotonic()).content(make_thanks_page))
+    return send(tally.latest_reading().content(make_index))
 
 
 @routes.post("/add")
@@ -97,25 +99,25 @@ def add():
 @routes.get("/tally.json")
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
-    reading = tally.latest()
-    answer = send(reading.content(tally_as_json))
+    reading = tally.latest_reading()
+    answer = send(reading.content(make_tally_json))
     if reading.outdated:
-        answer.set_header("Age", str(int(monotonic() - reading.begun_at)))
+        answer.set_header("Age", str(int(monotonic() - reading.sent_at)))
     return answer
 
 
 @routes.get("/history")
-def votes_over_time():
+def history_page():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    return send(history.latest().content(history_page))
+    return send(history.latest_reading().content(make_history))
 
 
 @routes.get("/healthz")
 def healthz():
-    """200 if tally and history can be read from the database now, for a platform that asks; else 503."""
+    """For a platform that asks: 200 if tally and history can be read from the database, else 503; within 4 seconds."""
     asked_at = monotonic()
     for reader in tally, history:
-        if reader.begun_since(asked_at).begun_at < asked_at:
+        if reader.reading(since=asked_at).sent_at < asked_at:
             raise Unavailable(reader.trouble)
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
@@ -141,7 +143,7 @@ def is_cross_origin(environ: dict) -> bool:
     if site:
         return site not in ("same-origin", "none")
     origin, host = environ.get("HTTP_ORIGIN"), environ.get("HTTP_HOST", "")
-    if not origin:  # no browser sent it
+    if not origin:  # not a browser, or an old one
         return False
     scheme, _, address = origin.lower().partition("://")
     default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
@@ -176,11 +178,11 @@ def read_body(limit: int) -> bytes:
 
 
 class Unavailable(HTTPError):
-    """The answer 503 to one visitor, because of a Trouble with the database."""
+    """The answer 503: a statement has failed, and `trouble` says what became of it."""
 
     def __init__(self, trouble: Trouble | None):
         super().__init__(503, Retry_After="5")
-        self.trouble = trouble or Trouble.NO_ANSWER
+        self.trouble = trouble or Trouble.NOT_IN_TIME
 
 
 def error_page(error: HTTPError) -> str:
@@ -209,11 +211,11 @@ KEEP_FOR_A_YEAR = "max-age=31536000, immutable"
 
 
 class Content:
-    """What a page or file consists of, with an entity tag: a browser that has it shows the tag when it asks again."""
+    """The body of an answer, and its headers. A browser that has this body already, as the entity tag shows, gets a 304."""
 
     def __init__(self, body: bytes, content_type: str, cache_control: str = ASK_AGAIN):
         self.body = body
-        self.tag = f'"{sha256(body).hexdigest()[:16]}"'
+        self.tag = f'"{sha256(cache_control.encode() + body).hexdigest()[:16]}"'
         self.cache_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
         self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.cache_headers]
 
@@ -225,22 +227,24 @@ class Content:
         return "200 OK", self.headers, self.body
 
 
-def index_page(reading: Reading, voted: str | None = None) -> Content:
+def make_index(reading: Reading, voted: str | None = None) -> Content:
     """Return the page with the cats; with thanks if one was voted for."""
     counts = dict(reading.rows)
     votes = {cat: counts.get(cat, 0) for cat in CANDIDATES}
     return html(render("index", votes=votes, thanked=CANDIDATES.get(voted), outdated=reading.outdated))
 
 
-thanks_pages = {cat: partial(index_page, voted=cat) for cat in CANDIDATES}
+thanks_page_makers = {cat: partial(make_index, voted=cat) for cat in CANDIDATES}
 
 
-def tally_as_json(reading: Reading) -> Content:
+def make_tally_json(reading: Reading) -> Content:
     """Return the tally for scripts."""
-    return Content(json.dumps(dict(reading.rows)).encode(), "application/json")
+    # An outdated one has an Age, which a browser would keep with its copy when the outage is over.
+    cache_control = "no-store" if reading.outdated else ASK_AGAIN
+    return Content(json.dumps(dict(reading.rows)).encode(), "application/json", cache_control)
 
 
-def history_page(reading: Reading) -> Content:
+def make_history(reading: Reading) -> Content:
     """Return the page with the votes of the last 48 hours and 30 days."""
     charts = {
         "hour": votes_in_periods(reading.rows, seconds=3600, number=48),
@@ -250,11 +254,11 @@ def history_page(reading: Reading) -> Content:
 
 
 def votes_in_periods(rows: list[tuple], seconds: int, number: int) -> list[tuple[datetime, Counter]]:
-    """Return when each of the last `number` periods of so many seconds began, in UTC, and its votes for each cat."""
+    """Return the last `number` periods of so many seconds, each as its beginning in UTC and its votes for each cat."""
     present = int(time()) // seconds
     periods = {period: Counter() for period in range(present - number + 1, present + 1)}
-    for began_at, vote, votes in rows:  # seconds since 1970
-        period = began_at // seconds
+    for hour, vote, votes in rows:  # in seconds since 1970
+        period = hour // seconds
         if period in periods:
             periods[period][vote] += votes
     return [(datetime.fromtimestamp(period * seconds, timezone.utc), votes) for period, votes in periods.items()]
@@ -267,10 +271,14 @@ def html(text: str) -> Content:
 
 def render(name: str, **values) -> str:
     """Fill the template views/NAME.tpl with these values and those that many templates need."""
-    return template(name, values, SHARED_VALUES, template_lookup=[str(FOLDER / "views")])
+    return template(name, values, SHARED_VALUES, template_lookup=TEMPLATE_FOLDERS)
 
 
-# Votes. The commit is the expensive part, since the server waits for its disk: votes that come meanwhile share the next.
+# One list for all calls: Bottle keeps compiled templates by the identity of the list that it found them by.
+TEMPLATE_FOLDERS = [str(FOLDER / "views")]
+
+# Votes. The commit is the expensive part, since the server waits for its disk. Votes that come meanwhile share the next
+# commit.
 
 INSERT = "INSERT INTO public.votes (vote) SELECT unnest(%s::text[])"
 
@@ -278,30 +286,30 @@ INSERT = "INSERT INTO public.votes (vote) SELECT unnest(%s::text[])"
 class Batch:
     """Votes that one statement stores.
 
-    decided -- set when the next is known
-    troubles -- what became of the votes for each cat: None if they are stored, else the Trouble
+    troubles -- what became of the votes for each cat: None if they are committed, else the Trouble
+    decided -- set once the troubles are known
     """
 
     def __init__(self):
         self.votes: list[str] = []
-        self.decided = Event()
         self.troubles: dict[str, Trouble | None] = {}
+        self.decided = Event()
 
 
 class VoteStore:
     """Stores votes, one batch at a time.
 
-    The first voter of a batch leads it: waits for the turn, while others join, and stores the votes of all.
+    The voter who begins a batch leads it: waits for the turn, while others join, and then stores the votes of all.
     """
 
     def __init__(self):
         self.turn = Lock()  # held by the leader whose batch is being stored
         self.joining = Lock()  # held for a moment, to join the next batch or to close it
         self.next_batch = Batch()
-        self.in_trouble = False  # the last batch was not stored
+        self.last_failed = False  # the last batch that had its turn met with an error
 
     def store(self, vote: str) -> Trouble | None:
-        """Store a vote; return None once it is committed, else the Trouble."""
+        """Store a vote; return None once it is committed, else the Trouble. Takes less than 8 seconds."""
         with self.joining:
             batch = self.next_batch
             leads = not batch.votes
@@ -312,13 +320,17 @@ class VoteStore:
         return batch.troubles.get(vote, Trouble.UNCERTAIN)
 
     def store_batch(self, batch: Batch) -> None:
-        """Store a batch when its turn has come. If that takes too long, it is never sent."""
-        has_turn = self.turn.acquire(timeout=0.2 if self.in_trouble else 1.5)
-        with self.joining:
-            self.next_batch = Batch()
+        """Store a batch when its turn comes. If the turn does not come in time, the batch is never sent."""
+        has_turn = False
         try:
-            batch.troubles = insert(batch.votes) if has_turn else dict.fromkeys(batch.votes, Trouble.NO_ANSWER)
-            self.in_trouble = any(batch.troubles.values())
+            has_turn = self.turn.acquire(timeout=0.2 if self.last_failed else 1.5)
+            with self.joining:
+                self.next_batch = Batch()
+            if has_turn:
+                batch.troubles = insert(batch.votes)
+                self.last_failed = any(trouble not in (None, Trouble.REFUSED) for trouble in batch.troubles.values())
+            else:
+                batch.troubles = dict.fromkeys(batch.votes, Trouble.NOT_IN_TIME)
         finally:  # whatever happens, nobody waits for ever
             batch.decided.set()
             if has_turn:
@@ -327,25 +339,27 @@ class VoteStore:
 
 def insert(votes: list[str]) -> dict[str, Trouble | None]:
     """Store votes; return what became of those for each cat: None if they are committed, else the Trouble."""
-    trouble = insert_together(votes)
-    if trouble is Trouble.REFUSED:  # because of one cat, perhaps, whose votes must not spoil those for another
-        return {cat: insert_together([cat] * number) for cat, number in Counter(votes).items()}
+    deadline = monotonic() + 2
+    trouble = insert_together(votes, deadline)
+    numbers = Counter(votes)
+    if trouble is Trouble.REFUSED and len(numbers) > 1:  # one cat that the schema lacks has spoiled the statement
+        return {cat: insert_together([cat] * number, deadline) for cat, number in numbers.items()}
     return dict.fromkeys(votes, trouble)
 
 
-def insert_together(votes: list[str]) -> Trouble | None:
-    """Store votes by one statement, which stores all or none; return None if they are committed, else the Trouble."""
+def insert_together(votes: list[str], deadline: float) -> Trouble | None:
+    """Store votes by one statement, all or none; return None if they are committed, else the Trouble."""
     try:
-        with connection_until(monotonic() + 2, cancel_patience=1) as connection:
+        with connection_until(deadline, cancel_patience=1) as connection:
             connection.execute(INSERT, [votes])
     except Unavailable as error:
         return error.trouble
     return None
 
 
-# Tally and history: a visitor who finds them too old reads them anew, for all others, too.
+# Tally and history. A visitor who needs a newer reading makes it, for all who need one at that moment.
 
-# No setting of the database, a role or the environment changes what these return.
+# Names with their schema, hours as seconds: no setting of the database, a role or the environment changes the rows.
 TALLY = "SELECT vote, votes FROM public.vote_totals"
 HISTORY = """
     SELECT extract(epoch FROM hour)::bigint, vote, votes
@@ -356,35 +370,38 @@ HISTORY = """
 
 @dataclass
 class Reading:
-    """The rows that a statement returned.
+    """The rows that a statement returned, and the contents made of them.
 
-    begun_at -- time.monotonic() when the statement was sent: its rows have every vote that was committed before
-    outdated -- whether it is older than its visitor should get; the page says so
+    sent_at -- time.monotonic() when the statement was sent: the rows have every vote that was committed before
+    outdated -- whether it is older than was asked for; the page says so
     """
 
     rows: list[tuple]
-    begun_at: float
+    sent_at: float
     outdated: bool = False
     contents: dict[Callable, Content] = field(default_factory=dict)
+    making: Lock = field(default_factory=Lock)
 
     def content(self, make: Callable[[Reading], Content]) -> Content:
-        """Return make(self), as it was made for an earlier visitor if there was one."""
-        if make not in self.contents:
-            self.contents[make] = make(self)
-        return self.contents[make]
+        """Return make(self): made by the first visitor who asks for it, kept for the others."""
+        with self.making:
+            if make not in self.contents:
+                self.contents[make] = make(self)
+            return self.contents[make]
 
     @cached_property
     def as_outdated(self) -> Reading:
-        """The same rows for a visitor who should have got newer ones."""
-        return replace(self, outdated=True, contents={})
+        """The same rows for a visitor who asked for newer ones."""
+        return Reading(self.rows, self.sent_at, outdated=True)
 
 
 class Reader:
-    """Keeps the last Reading of a statement. Who needs a newer one reads it, in turn; who waits for that, gets it, too.
+    """Keeps the last Reading of one statement, and makes a newer one when a visitor needs it.
 
-    fresh -- age in seconds up to which a Reading is good enough
-    last -- the last Reading, if there is one
-    trouble -- what the last attempt met with, if it failed
+    One visitor at a time reads. The others wait for that, and share the result.
+
+    fresh -- age in seconds up to which a Reading is good enough for most visitors
+    trouble -- why the last attempt failed, if it did
     """
 
     def __init__(self, statement: str, fresh: float):
@@ -393,88 +410,79 @@ class Reader:
         self.turn = Lock()  # held by the visitor who reads
         self.last: Reading | None = None
         self.trouble: Trouble | None = None
-        self.failed_at = -inf
+        self.failed_at = -inf  # when the last attempt failed, if it did
 
-    def latest(self) -> Reading:
-        """Return a fresh Reading, or the last one as outdated. Raises Unavailable if there is none."""
-        return self.last_if_fresh() or self.begun_since(monotonic() - self.fresh)
+    def latest_reading(self) -> Reading:
+        """Return a Reading that is fresh, or the last one, as outdated. Raises Unavailable if there is none."""
+        return self.reading(since=monotonic() - self.fresh)
 
-    def last_if_fresh(self) -> Reading | None:
-        """Return the last Reading if that is fresh."""
-        reading = self.last
-        return reading if reading and monotonic() - reading.begun_at <= self.fresh else None
+    def reading(self, since: float) -> Reading:
+        """Return a Reading sent at that moment or later, or the last one, as outdated. Raises Unavailable if there is none.
 
-    def begun_since(self, moment: float) -> Reading:
-        """Return a Reading that has begun at this moment or later, or the last one as outdated.
-
-        Takes less than 2 seconds for the visitor who reads, less than 1 for others: those wait for that one, but not if
-        the attempt before has failed. Raises Unavailable if there is no Reading at all.
+        The visitor who reads is held for 1.7 seconds at most. Others wait for that one for 0.8 seconds at most, or not at
+        all within 5 seconds of a failure.
         """
-        deadline = monotonic() + 1.3
-        if self.turn.acquire(timeout=0 if self.trouble else 0.8):
+        deadline = monotonic() + 1.4
+        if not self.known_reading(since) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
             try:
-                if not self.has_begun_since(moment) and monotonic() - self.failed_at > 0.2:
+                if not self.known_reading(since):
                     self.read(deadline)
             finally:
                 self.turn.release()
-        reading = self.last
-        if reading is None:
+        if self.last is None:
             raise Unavailable(self.trouble)
-        took_too_long = monotonic() - reading.begun_at > self.fresh
-        return reading.as_outdated if reading.begun_at < moment or took_too_long else reading
+        # A Reading that took longer than `fresh` is outdated when it arrives.
+        return self.known_reading(since=max(since, monotonic() - self.fresh)) or self.last.as_outdated
 
-    def has_begun_since(self, moment: float) -> bool:
-        """Return whether the last Reading has begun at this moment or later."""
-        return self.last is not None and self.last.begun_at >= moment
+    def known_reading(self, since: float) -> Reading | None:
+        """Return the last Reading if it was sent at that moment or later."""
+        reading = self.last
+        return reading if reading and reading.sent_at >= since else None
+
+    def failed_within(self, seconds: float) -> bool:
+        """Return whether the last attempt failed, and no longer ago than that."""
+        return monotonic() - self.failed_at < seconds
 
     def read(self, deadline: float) -> None:
         """Run the statement, and keep what comes of it: the Reading or the Trouble."""
+        if self.failed_within(0.2):  # a database that refuses at once is not asked, and no line logged, at each visit
+            sleep(0.2)
         try:
-            with connection_until(deadline, cancel_patience=0.2) as connection:
-                begun_at = monotonic()
+            with connection_until(deadline, cancel_patience=0.15) as connection:
+                sent_at = monotonic()
                 rows = connection.execute(self.statement).fetchall()
         except Unavailable as error:
-            self.trouble = error.trouble
-            self.failed_at = monotonic()
+            self.trouble, self.failed_at = error.trouble, monotonic()
         else:
-            self.trouble = None
-            self.last = Reading(rows, begun_at)
+            self.last, self.trouble, self.failed_at = Reading(rows, sent_at), None, -inf
 
 
 # The database
 
 
-def initdb(url: str | None = None) -> None:
-    """Apply schema.sql to a database, that of DATABASE_URL by default. It is safe to repeat, even while people vote.
-
-    Raises psycopg.Error, and ValueError if DATABASE_URL is missing or malformed.
-    """
-    with psycopg.connect(connection_settings(url or database_url()), autocommit=True) as connection:
-        connection.execute((FOLDER / "schema.sql").read_text("utf-8"))
-
-
 @contextmanager
 def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connection]:
-    """Lend a connection of the pool for one statement, a transaction of its own, that ends by a deadline.
+    """Lend a connection of the pool for one statement, which is a transaction of its own.
 
-    deadline -- time.monotonic() until which to wait for the connection and for the statement's outcome
-    cancel_patience -- seconds more to ask the server to cancel a late statement, and as many again for its answer
+    deadline -- time.monotonic() until which to wait for the connection, and then for the statement
+    cancel_patience -- seconds to ask the server to cancel a statement that is late, and as many to wait for its answer
 
     Raises Unavailable, also in place of the statement's errors.
     """
     try:
-        connection = pool().getconn(timeout=deadline - monotonic())
+        connection = living_connection(deadline)
     except (psycopg.Error, RuntimeError, ValueError) as error:  # no connection in time, no thread, a malformed URL
         log_error(error)
-        raise Unavailable(Trouble.NO_ANSWER) from error
+        raise Unavailable(Trouble.NOT_IN_TIME) from error
     try:
         connection.deadline, connection.cancel_patience = deadline, cancel_patience
         yield connection
+        connection.last_used_at = monotonic()
     except (psycopg.Error, ValueError) as error:  # ValueError: text in a row that cannot be decoded
         log_error(error)
         trouble = trouble_of(error)
         if trouble is not Trouble.REFUSED:
-            # New connections may reach a server, or have settings, that can do what these could not.
+            # The others may be no better: after a failover, or a change of settings, only new connections are.
             pool().drain()
         raise Unavailable(trouble) from error
     finally:
@@ -484,7 +492,7 @@ def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connec
 class Trouble(Enum):
     """What became of a statement that failed."""
 
-    NO_ANSWER = "It was not sent, or it was late and the server says that it is cancelled: it is certainly not done."
+    NOT_IN_TIME = "It was not sent in time, or was late and is cancelled: it is certainly not done."
     UNCERTAIN = "It was sent, and no clear answer came: it may have been done."
     REFUSED = "It breaks a check constraint of the schema: it is certainly not done."
     NOT_READY = "The database answers, but cannot do it: it is certainly not done."
@@ -496,8 +504,8 @@ def trouble_of(error: Exception) -> Trouble:
         return Trouble.UNCERTAIN
     if isinstance(error, CheckViolation):
         return Trouble.REFUSED
-    if isinstance(error, QueryCanceled):  # at our wish: see Connection
-        return Trouble.NO_ANSWER
+    if isinstance(error, QueryCanceled):  # by us: see Connection.wait; or by the operator
+        return Trouble.NOT_IN_TIME
     return Trouble.NOT_READY
 
 
@@ -527,89 +535,96 @@ def log_error(error: Exception) -> None:
 
 
 class Connection(psycopg.Connection):
-    """A connection that waits for a statement's outcome until a deadline, then has the statement cancelled."""
+    """A connection that waits for the outcome of a statement until a deadline, and then has it cancelled."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.deadline = inf  # this and the next: see connection_until
+        self.deadline = inf  # connection_until sets this and the next each time it lends the connection
         self.cancel_patience = 0
         self.last_used_at = monotonic()
 
     def execute(self, *arguments, **options) -> psycopg.Cursor:
-        """Run a statement; again if the server undid it because of one at the same time, which is safe."""
+        """Run a statement; again if the server undid it because of another one at the same time."""
         while True:
             try:
                 return super().execute(*arguments, **options)
             except (SerializationFailure, DeadlockDetected):
                 if monotonic() > self.deadline:
                     raise
+                sleep(0.01)
 
     def wait(self, gen, interval=0.1, timeout=None):
-        """Let `gen`, a generator of psycopg's, work on the server's answer until that is complete.
+        """Wait for the server's answer, which `gen`, a generator of psycopg's, reads until it is complete.
 
-        After the deadline, ask the server to cancel the statement, and wait on for its answer a little. If it says that
-        it cancelled, nothing was done: that raises QueryCanceled. If it says nothing, it may do it later. If it says
-        that the statement was done, our time-out stands, too: with synchronous replication, a commit that is cancelled
-        may be on this server only. (Before libpq 17, which psycopg[binary] brings, the request had no time-out.)
+        Past the deadline, ask the server to cancel the statement, and wait a little longer. There are three ends. The
+        server confirms the cancel: QueryCanceled, nothing was done. It stays silent: it may still do it. It reports
+        success, and we report the time-out all the same: with synchronous replication, a commit whose wait was cancelled
+        may be on this server only.
 
-        psycopg calls this for each statement (checked: 3.3.9; guarded by tests/test_faults.py).
+        psycopg calls this for each statement, without a `timeout` (checked: 3.3.9; guarded by tests/test_faults.py). The
+        request to cancel ends in time since libpq 17, which psycopg[binary] brings.
         """
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
         except psycopg.OperationalError:
-            if self.pgconn.transaction_status == TransactionStatus.ACTIVE:  # no answer came: it is our time-out
+            is_our_time_out = self.pgconn.transaction_status == TransactionStatus.ACTIVE  # the statement still runs
+            if is_our_time_out:
                 self.cancel_safe(timeout=self.cancel_patience)
                 super().wait(gen, timeout=self.cancel_patience)
             raise
 
-
-def refuse_if_dead(connection: Connection) -> None:
-    """Raise psycopg.OperationalError if a connection may be dead, as far as one can know without asking the server.
-
-    The pool calls this before it lends a connection, and takes another one if it raises. Then the others may be dead as
-    well, and are replaced.
-    """
-    silent_for = monotonic() - connection.last_used_at
-    # Networks forget silent connections without a word, some after a minute.
-    if silent_for > UNUSED_TOO_LONG or server_has_hung_up(connection):
-        connection.close()
-        pool().drain()
-        raise psycopg.OperationalError("the connection may be dead")
-    connection.last_used_at = monotonic()
-
-
-def server_has_hung_up(connection: Connection) -> bool:
-    """Return whether the server has sent something: on an idle connection that is hardly ever anything but good-bye."""
-    poller = poll()
-    poller.register(connection.fileno(), POLLIN)
-    return bool(poller.poll(0))
+    def may_be_dead(self) -> bool:
+        """Return whether the server may have gone, as far as one can know without asking it."""
+        arrivals = poll()
+        arrivals.register(self.fileno(), POLLIN)
+        # On an idle connection, what comes from the server is hardly ever anything but good-bye.
+        server_has_hung_up = bool(arrivals.poll(0))
+        # Networks forget silent connections without a word, some after a minute.
+        return server_has_hung_up or monotonic() - self.last_used_at > UNUSED_TOO_LONG
 
 
 UNUSED_TOO_LONG = 10  # seconds
+
+
+def living_connection(deadline: float) -> Connection:
+    """Take a connection from the pool. Where one may be dead the others may be, too, so then all are replaced.
+
+    Raises psycopg_pool.PoolTimeout if there is none by the deadline, and what `pool` raises.
+    """
+    while True:
+        connection = pool().getconn(timeout=deadline - monotonic())
+        if not connection.may_be_dead():
+            return connection
+        pool().drain()
+        pool().putconn(connection)
+
+
+pool_of_this_process: ConnectionPool | None = None
 opening = Lock()
 
 
 def pool() -> ConnectionPool:
-    """Return this process's pool, opened at its first use: one that was opened before a fork is of no use after it.
+    """Return the pool of this process, opened at its first use: one that was opened before a fork is of no use after it.
 
-    Raises RuntimeError if a thread that it needs cannot be started (the next call tries again), and ValueError as
-    `database_url` does.
+    Raises RuntimeError if a thread that it needs cannot be started, and ValueError as `database_url` does. Then the next
+    call tries again.
     """
+    global pool_of_this_process
     with opening:
-        return open_pool()
+        if pool_of_this_process is None:
+            pool_of_this_process = open_pool()
+        return pool_of_this_process
 
 
-@cache
 def open_pool() -> ConnectionPool:
-    """Open the pool; see `pool`. Three connections are all that one turn each for votes, tally and history can use."""
-    pool = ConnectionPool(
+    """Return a new pool. Three connections are enough: votes, tally and history use one each at a time."""
+    new_pool = ConnectionPool(
         connection_settings(database_url()),
         name="catvote",
         connection_class=Connection,
-        # A statement is a transaction: one message there and one back. It is not prepared, since behind a pooler each
-        # statement may reach another server process.
+        # A statement is a transaction: one message there and one back. Statements are not prepared, since behind a pooler
+        # each may reach another server process.
         kwargs={"autocommit": True, "prepare_threshold": None},
-        check=refuse_if_dead,
         min_size=0,
         max_size=3,
         max_idle=UNUSED_TOO_LONG,
@@ -618,22 +633,22 @@ def open_pool() -> ConnectionPool:
         open=False,
     )
     try:
-        pool.open()
+        new_pool.open()
     except RuntimeError:
-        pool.close()
+        new_pool.close()
         raise
-    atexit.register(pool.close)
-    return pool
+    atexit.register(new_pool.close)
+    return new_pool
 
 
 def connection_settings(url: str) -> str:
-    """Return a database's URL with our own settings added, in libpq's form; what the URL sets is as it says."""
+    """Return libpq's settings for a database: those of its URL, ours where it has none, and always our encoding."""
     defaults = {
         "application_name": "catvote",
         "connect_timeout": "5",  # seconds
         "keepalives_idle": "20",
         "keepalives_interval": "20",
-        # Without one, libpq looks for a certificate in HOME. If that may not be read, it does without TLS, silently.
+        # If nobody names a certificate, libpq looks for one in HOME; where it may not, it does without TLS, silently.
         "sslcert": os.environ.get("PGSSLCERT", "/nonexistent"),
     }
     encoding = {"client_encoding": "UTF8"}  # whatever the database, a role or the environment say
@@ -654,7 +669,7 @@ def database_url() -> str:
     with suppress(psycopg.ProgrammingError):  # its text quotes the URL, password and all
         parts = conninfo_to_dict(url)
         # An @ or / in a password has to be percent-encoded. Otherwise libpq takes a part of the password for the host,
-        # the port or the database, and its errors, which we log, tell that.
+        # the port or the database. Its errors name those, and we log its errors.
         names, port = parts.get("host", "") + parts.get("dbname", ""), str(parts.get("port", ""))
         if "@" not in names and re.fullmatch("[0-9,]*", port):
             return url
@@ -664,9 +679,16 @@ def database_url() -> str:
     )
 
 
-# What is made once, as the module is imported
+def initdb(url: str | None = None) -> None:
+    """Apply schema.sql to a database, that of DATABASE_URL by default. It is safe to repeat, even while people vote.
 
-FOLDER = Path(__file__).resolve().parent
+    Raises psycopg.Error, and ValueError if DATABASE_URL is missing or malformed.
+    """
+    with psycopg.connect(connection_settings(url or database_url()), autocommit=True) as connection:
+        connection.execute((FOLDER / "schema.sql").read_text("utf-8"))
+
+
+# What is made once, as the module is imported
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -675,8 +697,10 @@ def visible_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
-static_files = {f"/{quote(file.relative_to(FOLDER).as_posix())}": file for file in visible_files(FOLDER / "static")}
-VERSION = sha256(b"".join(file.read_bytes() for file in static_files.values())).hexdigest()[:8]
+file_bodies = {
+    f"/{quote(file.relative_to(FOLDER).as_posix())}": file.read_bytes() for file in visible_files(FOLDER / "static")
+}
+VERSION = sha256(b"".join(file_bodies.values())).hexdigest()[:8]
 
 
 def static_url(name: str) -> str:
@@ -684,14 +708,14 @@ def static_url(name: str) -> str:
     return f"/static/{quote(name)}?v={VERSION}"
 
 
-def file_content(file: Path, cache_control: str) -> Content:
-    """Return a static file as Content."""
-    content_type, _ = mimetypes.guess_type(file.name)
-    return Content(file.read_bytes(), content_type or "application/octet-stream", cache_control)
+def file_content(path: str, cache_control: str) -> Content:
+    """Return a static file as Content, of the type that Python knows for its name, whatever this machine knows."""
+    content_type, _ = MimeTypes().guess_type(path)
+    return Content(file_bodies[path], content_type or "application/octet-stream", cache_control)
 
 
-files = {path: file_content(file, ASK_AGAIN) for path, file in static_files.items()}
-files |= {f"{path}?v={VERSION}": file_content(file, KEEP_FOR_A_YEAR) for path, file in static_files.items()}
+files = {path: file_content(path, ASK_AGAIN) for path in file_bodies}
+files |= {f"{path}?v={VERSION}": file_content(path, KEEP_FOR_A_YEAR) for path in file_bodies}
 
 SHARED_VALUES = {
     "candidates": CANDIDATES,
@@ -705,7 +729,7 @@ SHARED_VALUES = {
 vote_store = VoteStore()
 tally = Reader(TALLY, fresh=0.8)  # a tally on a page is a second old at most: this leaves time to make and send it
 history = Reader(HISTORY, fresh=5)
-shared_pages = {"/": (tally, index_page), "/tally.json": (tally, tally_as_json), "/history": (history, history_page)}
+shared_pages = {"/": (tally, make_index), "/tally.json": (tally, make_tally_json), "/history": (history, make_history)}
 
 bottle.debug(DEVELOPMENT)
 
@@ -726,8 +750,7 @@ SECURITY_HEADERS = [
 
 def app(environ, start_response):
     """The WSGI application (PEP 3333): answers from memory if it can, else by Bottle; with security headers."""
-    # Percent-encoded again, as the visitor sent it: Bottle would drop bytes that are not UTF-8, and make / of /%FF.
-    path = quote(environ.get("PATH_INFO") or "/", encoding="latin-1")
+    path = environ.get("PATH_INFO") or "/"
 
     def start_securely(status, headers, *error):
         return start_response(status, headers + security_headers(environ, path), *error)
@@ -737,25 +760,28 @@ def app(environ, start_response):
         status, headers, body = content.answer(environ)
         start_securely(status, headers)
         return [body]
-    environ["PATH_INFO"] = path
+    # The server has decoded the path. It is encoded again, since Bottle drops bytes that are not UTF-8: /%FF would be /.
+    environ["PATH_INFO"] = quote(path, encoding="latin-1")
     return routes(environ, start_securely)
 
 
 def content_in_memory(environ: dict, path: str) -> Content | None:
-    """Return the content asked for if it is there and fresh. Most requests need no more, and no routing."""
+    """Return the content asked for if it is there, and fresh. This skips Bottle's routing, a quarter of a page's CPU."""
     if environ["REQUEST_METHOD"] != "GET":
         return None
     query = environ.get("QUERY_STRING")
     if query:
         return files.get(f"{path}?{query}")
-    reader, make = shared_pages.get(path, (None, None))
-    reading = reader and reader.last_if_fresh()
+    if path not in shared_pages:
+        return None
+    reader, make = shared_pages[path]
+    reading = reader.known_reading(since=monotonic() - reader.fresh)
     return reading and reading.contents.get(make)
 
 
 def security_headers(environ: dict, path: str) -> list[tuple[str, str]]:
     """Return headers that tell a browser what not to do with an answer."""
-    # Pages of other sites may show the card, which is made for links to us, and nothing else.
+    # Pages of other sites may show the picture that is made for links to us, and nothing else.
     resource_policy = "cross-origin" if path == "/static/card.png" else "same-origin"
     headers = [*SECURITY_HEADERS, ("Cross-Origin-Resource-Policy", resource_policy)]
     if environ["wsgi.url_scheme"] == "https":

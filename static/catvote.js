@@ -5,8 +5,6 @@ const cats = [...document.querySelectorAll("[data-votes]")].map((element) => ele
 const part = (name, cat) => document.querySelector(`[data-${name}="${CSS.escape(cat)}"]`);
 // Half to even, as on the server, so that the shares of two add up to 100 %.
 const whole = { maximumFractionDigits: 0, roundingMode: "halfEven" };
-let delay = 2000;
-let tag = "";
 
 function percent(share) {
   if (share > 0 && share < 1) return "<1%";
@@ -33,30 +31,49 @@ function show(tally) {
   });
 }
 
+// The live tally
+
+let delay = 2000;
+let tag = "";
+let request = new AbortController();
+let next = setTimeout(follow, delay);
+
 async function follow() {
-  if (!document.hidden) {
-    const abort = new AbortController();
-    const timer = setTimeout(() => abort.abort(), 9000);
-    let fresh = false;
-    try {
-      const answer = await fetch("/tally.json", { headers: { "If-None-Match": tag }, signal: abort.signal });
-      if (answer.ok) {
-        show(await answer.json());
-        tag = answer.headers.get("ETag");
-      }
-      fresh = answer.status < 400 && !(answer.headers.get("Age") > 1);
-    } catch {}
-    clearTimeout(timer);
-    document.querySelector("#outdated").hidden = fresh;
-    delay = fresh ? 2000 : Math.min(2 * delay, 30000);
-  }
-  setTimeout(follow, delay);
+  clearTimeout(next);
+  request.abort(); // it may wait for a network that is gone
+  if (document.hidden) return; // until it is looked at again
+  const mine = (request = new AbortController());
+  setTimeout(() => mine.abort(), 9000);
+  let fresh = false;
+  try {
+    // Not the path alone: that fails in a page opened as https://user:password@host/.
+    const answer = await fetch(`${location.origin}/tally.json`, {
+      headers: { "If-None-Match": tag },
+      signal: mine.signal,
+    });
+    if (answer.ok) {
+      show(await answer.json());
+      tag = answer.headers.get("ETag");
+    }
+    fresh = answer.status < 400 && !(answer.headers.get("Age") > 1);
+  } catch {}
+  if (mine !== request) return; // a later one has taken over
+  document.querySelector("#outdated").hidden = fresh;
+  delay = fresh ? 2000 : Math.min(2 * delay, 30000);
+  next = setTimeout(follow, delay);
 }
+
+// Back after a while offline, or looked at again
+window.ononline = document.onvisibilitychange = () => {
+  delay = 1000;
+  follow();
+};
+
+// Voting
 
 const busy = () => form.getAttribute("aria-busy") === "true";
 const ready = () => form.removeAttribute("aria-busy");
 
-setTimeout(follow, delay);
 // Nobody should be thanked for a reload.
 history.replaceState(null, "", "/");
 // The back button brings the page back as it was left.

@@ -13,7 +13,7 @@ from urllib.request import urlopen
 import psutil
 from client import votes_on
 from local import ROOT
-from local.install import identity, requirements, stamp_of
+from local.install import STAMP, identity, requirements, stamp_of
 from local.processes import wait_until
 from local.service import Service
 
@@ -40,7 +40,7 @@ def lend_packages(folder: Path) -> None:
         environment.mkdir()
         for name in "bin", "lib", "pyvenv.cfg":
             environment.joinpath(name).symlink_to(Path(sys.prefix, name))
-    environment.joinpath("made-for").write_text(identity(folder))
+    folder.joinpath(STAMP).write_text(identity(folder))
     for file in "tests/local/requirements.txt", "tests/requirements.txt":
         stamp_of(folder, file).write_text(requirements(folder))
 

@@ -38,7 +38,7 @@ class Answer:
 
     @property
     def outdated(self):
-        return bool(re.search('<p id="outdated" *>[^<]*these are the last known votes', self.text))
+        return bool(re.search("<p (?![^>]*hidden)[^>]*>[^<]*these are the last known votes", self.text))
 
 
 def votes_on(page):

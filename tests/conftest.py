@@ -15,12 +15,14 @@ import pytest
 from checkout import Running, copy_of_project
 from faults import backends, most_at_once, sql
 from inprocess import InProcess
-from local.postgres import LocalPostgres, apply_schema
+from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
 from local.service import Service, free_port
 from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
+
+import catvote
 
 # Tests reach databases by URL alone.
 for name in [name for name in os.environ if name.startswith("PG")]:
@@ -86,7 +88,7 @@ def new_database(server, template="template0"):
 def template(server):
     """Name of a database with the schema, to be copied."""
     with new_database(server) as url:
-        apply_schema(url)
+        catvote.initdb(url)
         yield url.rpartition("/")[2]
 
 
@@ -256,16 +258,15 @@ def browser():
 
 
 @pytest.fixture
-def verify(record_property):
-    """Return a function that compares what the visitors were told with the rows, once the service has ended.
+def verify():
+    """A function that compares what the visitors were told with the rows, once the service has ended.
 
     statuses -- those that are no surprise
     fresh -- how many seconds old a page may be
     page_seconds -- how long a page or file may take
-    figures -- more to report
     """
 
-    def verify(load, service, statuses=(200, 303, 503), fresh=1, page_seconds=2, **figures):
+    def verify(load, service, statuses=(200, 303, 503), fresh=1, page_seconds=2):
         assert service.process.returncode == 0
         assert "Traceback" not in service.log
         assert {answer.status for answer in load.answers} <= {*statuses}
@@ -282,7 +283,7 @@ def verify(record_property):
 
         # Pages show every vote that was acknowledged so long before, and after a vote also the last ones.
         acknowledged_at = sorted(vote.ended_at for vote in load.acknowledged)
-        for page in load.answers:
+        for page in answers:
             if "data-votes" in page.text and not page.outdated:
                 age = 0 if "voted" in page.path else fresh
                 assert page.total >= bisect(acknowledged_at, page.sent_at - age)
@@ -297,23 +298,4 @@ def verify(record_property):
             unknown = sum(vote.unconfirmed or vote.status == 0 for vote in votes)
             assert acknowledged <= stored <= acknowledged + unknown
 
-        figures |= {
-            "acknowledged": len(load.acknowledged),
-            "unconfirmed": sum(vote.unconfirmed for vote in load.votes),
-            "not counted": sum(vote.not_counted for vote in load.votes),
-            "unanswered": sum(answer.status == 0 for answer in load.answers),
-            "slowest vote": f"{max(vote.seconds for vote in load.votes):.1f} s",
-            "slowest page": f"{max(answer.seconds for answer in load.answers if not answer.cat):.1f} s",
-        }
-        record_property("figures", ", ".join(f"{name}: {figure}" for name, figure in figures.items()))
-        return figures
-
     return verify
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Print the figures that tests have recorded, a line each."""
-    for report in terminalreporter.stats.get("passed", []):
-        for name, value in report.user_properties:
-            if report.when == "call" and name == "figures":
-                terminalreporter.write_line(f"{report.nodeid.partition('::')[2]}: {value}")

@@ -83,13 +83,14 @@ class Network:
 
     url -- the server's; `self.url` is the same by this way
     delay -- seconds that a new connection takes
+    round_trip -- seconds that a question and its answer take on their way, at least
     forgets_after -- seconds of silence after which it forgets a connection, as NAT and load balancers do: from then on
         it swallows what either side sends, and says nothing
     """
 
-    def __init__(self, url, delay=0, forgets_after=None):
+    def __init__(self, url, delay=0, round_trip=0, forgets_after=None):
         self.target = urlsplit(url)
-        self.delay, self.forgets_after = delay, forgets_after
+        self.delay, self.round_trip, self.forgets_after = delay, round_trip, forgets_after
         self.sockets = [socket.create_server(("127.0.0.1", 0))]
         self.forgotten = 0
         self.url = url.replace(f":{self.target.port}/", f":{self.sockets[0].getsockname()[1]}/")
@@ -115,7 +116,10 @@ class Network:
     def carry(self, client):
         """Carry bytes both ways, until either side hangs up or has been silent for too long."""
         time.sleep(self.delay)
-        with suppress(OSError), socket.create_connection((self.target.hostname, self.target.port)) as server:
+        with (
+            suppress(OSError, ValueError),
+            socket.create_connection((self.target.hostname, self.target.port)) as server,
+        ):
             ways = {client: server, server: client}
             while ready := select.select(ways, [], [], self.forgets_after)[0]:
                 for sender in ready:
@@ -123,6 +127,7 @@ class Network:
                     if not data:
                         ways[sender].shutdown(socket.SHUT_RDWR)
                         return
+                    time.sleep(self.round_trip / 2)
                     ways[sender].sendall(data)
             self.forgotten += 1
             while client.recv(65536):

@@ -21,11 +21,10 @@ JAVA = ["java", "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"]
 
 
 def assert_accessible(page):
-    """Have a page judged in both sizes and all looks; it must not need to be moved sideways."""
+    """Have a page judged in both sizes and all looks."""
     page.evaluate(AXE_SCRIPT)
     for width in 1280, 320:  # the latter is also the former enlarged to 400 %
         page.set_viewport_size({"width": width, "height": 800})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
         for look, rules in LOOKS:
             page.emulate_media(**look)
             options = {"runOnly": rules, "resultTypes": ["violations"]}

@@ -118,6 +118,14 @@ class Load:
     def acknowledged(self):
         return [vote for vote in self.votes if vote.status == 303]
 
+    @property
+    def not_counted(self):
+        return [vote for vote in self.votes if vote.not_counted]
+
+    @property
+    def unconfirmed(self):
+        return [vote for vote in self.votes if vote.unconfirmed]
+
     def pages(self, path, start, end):
         """Return the answers for a page asked for and given in that time."""
         return [

@@ -1,18 +1,25 @@
 """Sessions that vote and look at the tally, one or many at once: for tests of schema.sql."""
 
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import psycopg
 import pytest
+from local import ROOT
+from local.processes import wait_until
+from local.programs import server_programs
 
+SCHEMA = (ROOT / "schema.sql").read_text()
 CATS = ("Gummi", "Pita")
 ISOLATION_LEVELS = ["read committed", "repeatable read", "serializable"]
 
-# What matters most runs on the oldest and the newest PostgreSQL, too.
-on_every_major = pytest.mark.parametrize("server", [14, None, 18], indirect=True, ids=["14", "own", "18"])
+# What matters most runs on the oldest and the newest PostgreSQL, too. None: the one of all other tests, which may be one
+# of them.
+OWN_MAJOR = server_programs()[0][0] if server_programs() else None
+on_every_major = pytest.mark.parametrize(
+    "server", [None, *({14, 18} - {OWN_MAJOR})], indirect=True, ids=lambda major: str(major or "own")
+)
 
 
 class Session(psycopg.Connection):
@@ -69,11 +76,8 @@ def inexact(connection):
 
 def wait_until_blocked(observer, connection):
     """Return as soon as the connection's statement waits for another session's lock."""
-    deadline = time.monotonic() + 10
     query = "SELECT cardinality(pg_blocking_pids(%s)) > 0"
-    while not observer.execute(query, [connection.info.backend_pid]).fetchone()[0]:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: observer.execute(query, [connection.info.backend_pid]).fetchone()[0])
 
 
 def at_once(sessions, url, work):
@@ -89,13 +93,14 @@ def at_once(sessions, url, work):
         return list(executor.map(session, range(sessions)))
 
 
-def run(program, *arguments, standard_input=None):
-    """Return the standard output of a PostgreSQL program, which must succeed."""
-    process = subprocess.run([program, *arguments], input=standard_input, capture_output=True, text=True)
+def run(server, program, *arguments, standard_input=None):
+    """Return the standard output of a PostgreSQL program, which must end without an error, a warning or a notice."""
+    command = [server.bindir / program, *arguments]
+    process = subprocess.run(command, input=standard_input, capture_output=True, text=True)
     assert (process.returncode, process.stderr) == (0, "")
     return process.stdout
 
 
-def feed(server, url, statements):
-    """Let psql execute statements, which it must do without an error, a warning or a notice."""
-    run(server.bindir / "psql", "--quiet", "--set=ON_ERROR_STOP=1", url, standard_input=statements)
+def psql(server, url, statements):
+    """Have psql execute statements, one after the other."""
+    run(server, "psql", "-Xq", "--set=ON_ERROR_STOP=1", url, standard_input=statements)

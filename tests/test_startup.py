@@ -1,5 +1,6 @@
 """The verbs: what the Makefile, the Procfile and the settings do, tried on copies of the project."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -8,10 +9,10 @@ import socket
 import subprocess
 import sys
 import traceback
-from urllib.error import HTTPError
-from urllib.parse import quote
+from threading import Timer
 from urllib.request import urlopen
 
+import psutil
 import psycopg
 import pytest
 from checkout import Running, make, nothing_runs_in, only_line, run
@@ -22,7 +23,7 @@ from local.service import Service, free_port, procfile, url_of
 import catvote
 
 # Characters that mean something to sh, make, a URL or libpq.
-AWKWARD = """pass&word#1 $HOME$$ 'single' "double" %25 @:/"""
+AWKWARD = """pass&word#1 ${HOME} $HOME$$ 'single' "double" %25 @:/"""
 OUR_PROGRAMS = f"{sys.prefix}/bin:{os.environ['PATH']}"
 
 
@@ -57,10 +58,18 @@ def test_it_says_what_to_open_and_where_the_votes_are(running):
     assert f"{running.folder}/.postgres" in running.log
 
 
-def test_it_shows_how_to_reach_the_database_by_psql(running):
+def test_it_shows_how_to_reach_by_psql_the_database_which_waits_for_the_disk(running):
     (command,) = re.findall("In another terminal: (.+)", running.log)
-    answer = subprocess.run(["sh", "-c", command + " -c 'TABLE public.vote_totals'"], capture_output=True, text=True)
-    assert "Pita" in answer.stdout, answer.stderr
+    command += " -Atc 'SHOW fsync; SELECT vote FROM public.vote_totals'"
+    answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert answer.stdout == "on\nGummi\nPita\n", answer.stderr
+
+
+def test_nobody_else_on_the_machine_gets_into_the_database(running):
+    (url,) = re.findall("(postgresql://.+)", running.log)
+    with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+        psycopg.connect(re.sub(":[^:@]+@", "@", url), passfile="/nowhere")
+    assert running.folder.joinpath(".postgres").stat().st_mode & 0o077 == 0
 
 
 def test_it_listens_on_the_loopback_interface_only(running):
@@ -109,13 +118,28 @@ def test_a_second_ctrl_c_hurries_it_and_leaves_nothing_running(used_project):
     assert nothing_runs_in(used_project)
 
 
-def test_after_sigkill_it_starts_again_at_once_with_all_votes(used_project):
+def test_after_sigkill_it_waits_for_the_old_server_and_starts_again_with_all_votes(used_project):
     with Running(used_project) as service:
         votes = service.votes(vote="Pita")
+        server = psutil.Process(int(used_project.joinpath(".postgres/data/postmaster.pid").read_text().split()[0]))
+        server.suspend()
         os.killpg(service.process.pid, signal.SIGKILL)
+        Timer(5, server.resume).start()
     with Running(used_project) as service:
+        assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
         assert service.votes() == votes > 0
+        assert "█" in make(used_project, "report").stdout
     assert nothing_runs_in(used_project)
+
+
+def test_ctrl_c_ends_it_without_a_traceback_while_it_starts(used_project):
+    used_project.joinpath(".postgres").mkdir(mode=0o700, exist_ok=True)
+    with used_project.joinpath(".postgres/server.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with Running(used_project, "env --default-signal=INT make run", ready="The votes are kept") as service:
+            os.killpg(service.process.pid, signal.SIGINT)
+            service.process.wait(timeout=15)
+    assert "Traceback" not in service.log
 
 
 def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_nothing_running(used_project):
@@ -124,6 +148,13 @@ def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_no
     assert "The service did not start" in ended.stderr
     assert "local/" not in ended.stderr
     assert nothing_runs_in(used_project)
+
+
+def test_a_service_that_leaves_processes_behind_is_found_out():
+    service = Service(None, command="sleep 60 & exec python -m http.server --bind 127.0.0.1 $PORT")
+    with pytest.raises(RuntimeError, match="would not end, and were killed"), service:
+        pass
+    wait_until(lambda: not service.has_processes())
 
 
 def test_when_the_server_cannot_start_it_says_what_that_said(used_project):
@@ -155,14 +186,6 @@ def test_it_serves_a_database_whose_schema_it_may_not_change_and_says_so(shared_
     assert AWKWARD not in service.log
 
 
-def test_it_serves_while_the_database_is_away(shared_project):
-    away = f"postgresql://user:secret@127.0.0.1:{free_port()}/db"
-    with Running(shared_project, DATABASE_URL=away) as service, pytest.raises(HTTPError) as refused:
-        service.page(vote="Pita")
-    assert refused.value.code == 503
-    assert "secret" not in service.log
-
-
 @pytest.mark.parametrize(
     ("settings", "address"),
     [
@@ -179,6 +202,12 @@ def test_it_serves_at_the_address_that_it_tells(settings, address, shared_projec
     assert service.log.count("Listening at") == 1
 
 
+def test_it_tells_the_path_of_a_unix_socket(shared_project, shared_database, tmp_path):
+    arguments = f"--bind=unix:{tmp_path}/socket"
+    with Running(shared_project, ready="Open ", DATABASE_URL=shared_database, GUNICORN_CMD_ARGS=arguments) as service:
+        assert f"Open {tmp_path}/socket in" in service.log
+
+
 @pytest.mark.parametrize(("bound", "url"), [("0.0.0.0", "http://127.0.0.1:80"), ("::", "http://[::1]:80")])
 def test_who_listens_everywhere_is_to_be_opened_here(bound, url):
     assert url_of(bound, 80) == url
@@ -192,6 +221,7 @@ def test_who_listens_everywhere_is_to_be_opened_here(bound, url):
         ({"WEB_CONCURRENCY": "two"}, "WEB_CONCURRENCY"),
         ({"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY"),
         ({"GUNICORN_CMD_ARGS": "'"}, "GUNICORN_CMD_ARGS"),
+        ({"GUNICORN_CMD_ARGS": "--daemon"}, "GUNICORN_CMD_ARGS"),
     ],
 )
 def test_a_setting_that_cannot_be_used_is_named_in_one_line(settings, named, shared_project):
@@ -251,13 +281,6 @@ def test_a_value_in_dotenv_stays_whole(project, empty_database):
     assert sql(empty_database, "TABLE seen") == [AWKWARD]
 
 
-def test_make_run_takes_its_database_from_dotenv(project, database):
-    write_dotenv(project, database)
-    with Running(project) as service:
-        service.votes(vote="Pita")
-    assert sql(database, "SELECT count(*) FROM votes") == [1]
-
-
 def test_the_environment_wins_over_dotenv(project, empty_database):
     write_dotenv(project, "postgresql://127.0.0.1:1/nowhere")
     assert make(project, "initdb", DATABASE_URL=empty_database).returncode == 0
@@ -284,14 +307,6 @@ def test_the_procfile_runs_under_a_process_manager_with_the_same_dotenv(project,
     with Running(project, "honcho start web", ready="Listening at", PATH=OUR_PROGRAMS) as service:
         assert service.votes(vote="Pita") == 1
     assert nothing_runs_in(project)
-
-
-def test_a_password_may_be_percent_encoded_and_the_server_behind_a_unix_socket(server, database, awkward_role):
-    name = psycopg.conninfo.conninfo_to_dict(database)["dbname"]
-    place = f"host={quote(server.socket_dir, safe='')}&port={server.settings['port']}"
-    url = f"postgres://{awkward_role}:{quote(AWKWARD, safe='')}@/{name}?{place}"
-    with Service(url) as service, urlopen(service.url + "/add", data=b"vote=Pita") as answer:
-        assert answer.status == 200
 
 
 @pytest.mark.parametrize(
@@ -365,7 +380,7 @@ def test_initdb_stops_at_the_first_error_on_heroku(project, heroku, empty_databa
 
 @pytest.mark.parametrize("quoted", ["'{}'", '"{}"'])
 def test_quotes_in_psql_lead_to_the_database_that_they_name(quoted, shared_project, server, database):
-    psql = f"{server.bindir}/psql -X {quoted.format(keywords(database))}"
+    psql = f"{server.bindir}/psql -X {quoted.format(keywords(database, application_name='report'))}"
     sql(database, "INSERT INTO votes (vote) VALUES ('Pita')")
     assert "█" in make(shared_project, "report", f"PSQL={psql}").stdout
     assert make(shared_project, "dropdb", f"PSQL={psql}", answer="yes\n").returncode == 0
@@ -410,7 +425,14 @@ def test_the_release_line_applies_the_schema(empty_database):
     assert tables(empty_database) == ["tally", "votes"]
 
 
-# make clean, help; install is in test_machines.py
+# make test, clean, help; install is in test_machines.py
+
+
+def test_make_test_runs_both_parts_and_fails_if_one_does(shared_project, tmp_path):
+    program = tmp_path / "pytest"
+    program.write_text(f"""echo "with $*" >> {tmp_path}/log\n[ "$*" = "-m alone tests" ]""")
+    assert make(shared_project, "test", f"PYTEST=sh {program}").returncode != 0
+    assert tmp_path.joinpath("log").read_text().endswith(" -m not alone tests\nwith -m alone tests\n")
 
 
 def test_clean_removes_packages_and_caches_however_deep_and_keeps_the_votes(project):

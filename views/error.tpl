@@ -11,26 +11,30 @@ heading = headings.get(status, "Something got burnt")
 rebase("layout", heading=heading)
 last = list(candidates.values())[-1]
 
-step = "Back to the vote"
-if trouble:
-    ready = trouble.name != "NOT_READY"
-    cause = "Our database does not answer" if ready else "Something is wrong with our database"
-    step = "Try again in a few seconds"
+if trouble is None:
+    cause = "Something went wrong here"
+elif trouble.name == "NOT_READY":
+    cause = "Something is wrong with our database"
+else:
+    cause = "Our database does not answer"
 end
-uncertain = voting and trouble and trouble.name == "UNCERTAIN"
-if uncertain:
-    step = "Look at the tally before you vote again"
-end
+uncertain = trouble is None or trouble.name == "UNCERTAIN"
 %>
 <img src="{{static_url(last.picture)}}" alt="" width="200" height="200">
 <h1>{{heading}}</h1>
-% if uncertain:
-<p class="intro">{{cause}}: your vote could not be confirmed.</p>
-% elif trouble and voting:
-<p class="intro">{{cause}}: your vote was not counted.</p>
-% elif trouble:
-<p class="intro">{{cause}}.</p>
-% elif status in (400, 403, 413):
+% if status < 500:
+%   step = "Back to the vote"
+%   if status in (400, 403, 413):
 <p class="intro">{{message}}</p>
+%   end
+% elif not voting:
+%   step = "Try again in a few seconds"
+<p class="intro">{{cause}}.</p>
+% elif uncertain:
+%   step = "Look at the tally before you vote again"
+<p class="intro">{{cause}}: your vote could not be confirmed. It may have been counted.</p>
+% else:
+%   step = "Vote again in a few seconds"
+<p class="intro">{{cause}}: your vote was not counted.</p>
 % end
 <p><a class="step" href="/">{{step}}</a></p>

@@ -6,7 +6,7 @@ month_votes = sum(sum(votes.values()) for began, votes in charts["day"])
 %>
 <h1>How the votes came in</h1>
 % if outdated:
-<p class="intro">The database is away: these are the last known votes.</p>
+<p class="intro">The history is interrupted: these are the last known votes.</p>
 % end
 % if month_votes == 0:
 <p class="intro">There was no vote in the last 30 days.</p>
@@ -21,7 +21,7 @@ month_votes = sum(sum(votes.values()) for began, votes in charts["day"])
 <h2>{{headings[unit]}}</h2>
 %     for place, (cat, candidate) in enumerate(candidates.items(), start=1):
 <figure class="icing-{{place}}">
-<figcaption class="ends"><strong class="swatch">{{candidate.name}}</strong> <span>at most {{format(peaks[cat], ",")}}</span></figcaption>
+<figcaption class="ends"><strong class="swatch">{{candidate.name}}</strong> <span>busiest {{unit}}: {{format(peaks[cat], ",")}}</span></figcaption>
 <svg class="chart" viewBox="-.5 0 {{len(periods)}} 100" preserveAspectRatio="none" role="img" aria-label="Votes for {{candidate.name}} per {{unit}}; the table has the numbers">
 <path data-bar="{{cat}}" d="
 %       for column, (began, votes) in enumerate(periods):

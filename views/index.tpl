@@ -29,7 +29,7 @@ end
 %   leads = leaders == [cat]
 <div class="cat icing-{{place}}">
 <button type="submit" name="vote" value="{{cat}}">
-<img src="{{static_url(candidate.picture)}}" alt="{{candidate.description}}" width="400" height="400">
+<img src="{{static_url(candidate.picture)}}" alt="{{candidate.description}}" width="400" height="400" draggable="false">
 <span>Vote for <strong>{{candidate.name}}</strong></span>
 </button>
 <p class="lead" data-lead="{{cat}}" {{"" if leads else "hidden"}}>In the lead</p>

@@ -1,50 +1,57 @@
-"""How much the service bears, beside other ways to write it: prints the tables that tests/README.md shows.
+"""How much the service bears, beside other ways to write it and beside another checkout of itself.
 
-    python -m bench [--quick] [--only MEASURE ...]
-
-All contestants run at once and take turns of two seconds, round after round: so a busy moment of the machine hits each
-of them. Rates are medians of the rounds, comparisons medians of the ratios within a round, with the range of the rounds.
+All contestants run at once and take turns, round after round, so that a busy moment of the machine hits each of them.
+Figures are medians of the rounds; ratios are medians of the ratios within a round, with the range of the rounds.
 """
 
 import argparse
-import shutil
 import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import which
 
-from local.postgres import LocalPostgres, as_command
+from local.postgres import LocalPostgres
+from local.processes import as_command
 
-from bench.contestants import install
-from bench.measures import MEASURES, start
-from bench.report import report
+from bench.comparisons import COMPARISONS
+from bench.report import print_comparison
 
 
 def main():
-    """Measure, and print the report."""
+    """Measure, and print the tables."""
+    options = read_options()
+    with as_command(), ExitStack() as stack:
+        if not which("wrk"):
+            raise RuntimeError("wrk, which sends the requests, is not installed: apt-get install wrk")
+        options.pages = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        postgres = stack.enter_context(LocalPostgres(durable=True))
+        comparisons = [COMPARISONS[name](stack, postgres, options) for name in options.only]
+        for number in range(options.rounds):
+            print(f"Round {number + 1} of {options.rounds}", file=sys.stderr)
+            for comparison in comparisons:
+                comparison.take_turns(backwards=number % 2 == 1)
+        for comparison in comparisons:
+            print_comparison(comparison)
+
+
+def read_options():
+    """Return what the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two rounds of a second, few votes: to see that it works")
-    parser.add_argument(
-        "--only", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=" ".join(MEASURES)
-    )
+    parser.add_argument("--beside", type=Path, metavar="FOLDER", help="another checkout, in which make install was run")
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, help="some of the comparisons; else all")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=2, help="how long a turn takes; default 2")
+    parser.add_argument("--votes", type=int, nargs="+", default=[0, 1_000_000, 10_000_000], help="stored, for growth")
     options = parser.parse_args()
-    rounds, seconds, sizes = (2, 1, (0, 10_000, 100_000)) if options.quick else (7, 2, (0, 1_000_000, 10_000_000))
-    if not shutil.which("wrk"):
-        sys.exit("wrk, which sends the requests, is not on this machine: apt-get install wrk")
-    install()
-    with as_command(), ExitStack() as stack:
-        pages = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        postgres = stack.enter_context(LocalPostgres(durable=True))
-        measures, catvote = start(stack, postgres, pages, set(options.only), sizes, seconds)
-        turns = {measure: {column: [] for column in columns} for measure, columns in measures.items()}
-        for number in range(rounds):
-            print(f"Round {number + 1} of {rounds}", file=sys.stderr)
-            for measure, columns in measures.items():
-                for column, turn in columns.items():
-                    turns[measure][column].append(turn())
-        report(turns, catvote)
+    if not options.only:
+        options.only = [name for name in COMPARISONS if name != "beside" or options.beside]
+    installed = options.beside and (options.beside / ".venv/bin/gunicorn").exists()
+    if "beside" in options.only and not installed:
+        parser.error("--beside needs the folder of another checkout, in which make install was run")
+    return options
 
 
 if __name__ == "__main__":

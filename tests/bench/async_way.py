@@ -5,10 +5,10 @@ import os
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated
+from urllib.parse import parse_qs
 
 import asyncpg
-from fastapi import FastAPI, Form, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
@@ -32,7 +32,7 @@ async def count():
 
 @app.get("/")
 async def index(request: Request):
-    return templates.TemplateResponse(request, "index.html", {"votes": await count()})
+    return templates.TemplateResponse(request, "template.html", {"votes": await count()})
 
 
 @app.get("/tally.json")
@@ -45,6 +45,8 @@ async def tally(request: Request):
 
 
 @app.post("/add")
-async def add(vote: Annotated[str, Form()]):
+async def add(request: Request):
+    # FastAPI's Form would need python-multipart, which hides catvote's own `multipart`.
+    vote = parse_qs((await request.body()).decode())["vote"][0]
     await app.state.pool.execute("INSERT INTO vote (vote) VALUES ($1)", vote)
     return RedirectResponse(f"/?voted={vote}", status_code=303)

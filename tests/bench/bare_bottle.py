@@ -6,10 +6,10 @@ from pathlib import Path
 from bottle import Bottle, HTTPResponse, request, response, static_file
 
 PAGES = Path(os.environ["PAGES"])
-STATIC = Path(__file__).parents[2] / "static"
 PAGE = PAGES.joinpath("page.html").read_bytes()
 HISTORY = PAGES.joinpath("history.html").read_bytes()
 TALLY = PAGES.joinpath("tally.json").read_bytes()
+STATIC = Path(__file__).parents[2] / "static"
 app = Bottle()
 
 

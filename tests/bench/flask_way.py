@@ -26,7 +26,7 @@ def count():
 
 @app.get("/")
 def index():
-    return render_template("index.html", votes=count())
+    return render_template("template.html", votes=count())
 
 
 @app.get("/tally.json")

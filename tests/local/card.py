@@ -7,7 +7,9 @@ from shutil import which
 
 from playwright.sync_api import sync_playwright
 
-from catvote import CANDIDATES, STATIC, TITLE
+from catvote import CANDIDATES, FOLDER, TITLE
+
+STATIC = FOLDER / "static"
 
 
 def address_of(picture):

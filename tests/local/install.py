@@ -20,12 +20,14 @@ from local import ROOT
 DIVERSIONS = ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN"]
 OPTIONS = ["--no-user", "--target=", "--quiet", "--disable-pip-version-check"]
 
+STAMP = ".venv/made-for"
+
 
 def main() -> None:
     """Install what the requirements files on the command line name."""
     with open(__file__) as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
         try:
+            fcntl.flock(ours, fcntl.LOCK_EX)  # one at a time
             make_environment(ROOT)
             for file in sys.argv[1:]:
                 if not install(ROOT, file):
@@ -38,12 +40,15 @@ def main() -> None:
 
 def make_environment(root: Path) -> None:
     """Make .venv in a folder, unless there is one that works."""
-    stamp = root / ".venv/made-for"
-    if Path(root, ".venv/bin/python").exists() and text_of(stamp) == identity(root):
-        return
-    print("Installing packages into .venv ...", file=sys.stderr)
-    EnvBuilder(clear=True, symlinks=True, with_pip=True).create(root / ".venv")
-    stamp.write_text(identity(root))
+    if not works(root):
+        print("Installing packages into .venv ...", file=sys.stderr)
+        EnvBuilder(clear=True, symlinks=True, with_pip=True).create(root / ".venv")
+        Path(root, STAMP).write_text(identity(root))
+
+
+def works(root: Path) -> bool:
+    """Return whether the environment in a folder was made there, and for the Python that it still leads to."""
+    return Path(root, ".venv/bin/python").exists() and text_of(root / STAMP) == identity(root)
 
 
 def identity(root: Path) -> str:

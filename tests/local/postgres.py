@@ -12,10 +12,8 @@ from typing import TextIO
 
 from testing.postgresql import Postgresql
 
-from local import ROOT
-from local.processes import as_command, give_to_server, reachable, server_account, spawn, wait_until
+from local.processes import give_to_server, reachable, spawn, wait_until
 from local.programs import programs_for
-from local.settings import service_code
 
 
 class LocalPostgres(Postgresql):
@@ -150,12 +148,3 @@ def copy_programs(bindir: Path, folder: Path) -> Path:
     if libraries.exists():
         shutil.copytree(libraries, folder / libraries.name, symlinks=True)
     return copy / bindir.name
-
-
-# For tests that still import from here what has moved; goes with the last of them.
-__all__ = ["ROOT", "LocalPostgres", "apply_schema", "as_command", "server_account", "spawn"]
-
-
-def apply_schema(url: str) -> None:
-    """Apply schema.sql to the database with that URL."""
-    service_code().initdb(url)

@@ -69,7 +69,7 @@ def spawn(command: list[str | Path], **options) -> subprocess.Popen:
     `options` are Popen's. Raises RuntimeError if root may not become that user.
     """
     # Only children change user: all of Python may live where no other user can enter.
-    options.update(server_account(), cwd="/", start_new_session=True, preexec_fn=end_with_us(signal.SIGINT))
+    options.update(server_account(), start_new_session=True, preexec_fn=end_with_us(signal.SIGINT))
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
     except OSError as error:

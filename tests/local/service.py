@@ -38,16 +38,19 @@ def main() -> None:
 
 
 def check_settings() -> str:
-    """Return the port to listen on, "" if GUNICORN_CMD_ARGS says where. Raises RuntimeError if that or another setting cannot be used."""
+    """Return the port to listen on, "" if GUNICORN_CMD_ARGS says where. Raises RuntimeError if a setting cannot be used."""
     # gunicorn reads it before its own settings file, and ends with a traceback if it is no number.
     workers = os.environ.pop("WEB_CONCURRENCY", "").strip()
     if workers:
         if not workers.isdecimal() or int(workers) == 0:
             raise RuntimeError("WEB_CONCURRENCY, the number of workers, must be 1, 2 or more")
         os.environ["WEB_CONCURRENCY"] = workers
-    port = os.environ.get("PORT") or "8000"
-    if told_gunicorn(os.environ).bind:
+    told = told_gunicorn(os.environ)
+    if told.daemon:
+        raise RuntimeError("make run ends with the service, which must stay: take --daemon out of GUNICORN_CMD_ARGS")
+    if told.bind:
         return ""
+    port = os.environ.get("PORT") or "8000"
     try:
         with socket.create_server(("127.0.0.1", int(port))) as listener:
             return str(listener.getsockname()[1])  # any free one for 0
@@ -57,9 +60,8 @@ def check_settings() -> str:
 
 def apply_schema_if_allowed(url: str) -> None:
     """Apply schema.sql to a database that is not ours, as the Procfile's release line does; else say why it was not."""
-    patient = {"connect_timeout": 5, **psycopg.conninfo.conninfo_to_dict(url)}
     try:
-        service_code().initdb(psycopg.conninfo.make_conninfo(**patient))
+        service_code().initdb(url)
         print("schema.sql is applied to the database of DATABASE_URL.")
     except psycopg.Error as error:
         reason = str(error).strip().partition("\n")[0]
@@ -77,10 +79,10 @@ def told_gunicorn(environment: dict[str, str]) -> Namespace:
     return Config().parser().parse_known_args(arguments)[0]
 
 
-def url_of(address: str, port: int, scheme: str = "http") -> str:
+def url_of(address: str, port: int) -> str:
     """Return the URL for a browser on this machine of who listens there."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address)
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def procfile(process_type: str) -> str:
@@ -130,8 +132,7 @@ class Service:
             "PORT": str(self.port),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
-        self.told = told_gunicorn(self.environment)
-        if not self.told.bind:
+        if not told_gunicorn(self.environment).bind:
             arguments = self.environment.get("GUNICORN_CMD_ARGS", "")
             self.environment["GUNICORN_CMD_ARGS"] = f"--bind=127.0.0.1:{self.port} {arguments}"
         self.output = None if to_terminal else tempfile.NamedTemporaryFile()
@@ -168,7 +169,7 @@ class Service:
             if found.family == socket.AF_UNIX and found.laddr:
                 return found.laddr
             if found.status == psutil.CONN_LISTEN:
-                return url_of(*found.laddr, scheme="https" if self.told.certfile else "http")
+                return url_of(*found.laddr)
         return None
 
     def workers(self) -> list[psutil.Process]:

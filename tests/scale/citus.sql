@@ -41,8 +41,6 @@ COMMENT ON TABLE public.ballots IS 'The rows, spread over the nodes by slot; to 
 COMMENT ON COLUMN public.ballots.slot IS 'Server process or row_id, modulo 32; decides on the node.';
 COMMENT ON TABLE public.tally IS 'Counters beside the rows they count, for vote_totals and votes_by_hour.';
 COMMENT ON COLUMN public.tally.hour IS 'The first instant of an hour of UTC; -infinity: the total; infinity: rows of no hour.';
-COMMENT ON COLUMN public.tally.vote IS 'The cat.';
-COMMENT ON COLUMN public.tally.slot IS 'That of the rows counted.';
 COMMENT ON COLUMN public.tally.votes IS 'Number of rows with this hour, cat and slot.';
 
 -- A cat without votes has its row in vote_totals all the same.
@@ -62,7 +60,6 @@ BEGIN
     FROM public.ballots AS ballot;
 END
 $$;
-COMMENT ON FUNCTION public.read_votes() IS 'All rows of ballots, from all nodes.';
 
 -- Citus has no triggers on distributed tables; PostgreSQL has them on views. So votes is one.
 CREATE OR REPLACE VIEW public.votes AS
@@ -74,6 +71,7 @@ COMMENT ON COLUMN public.votes.date_created IS 'When the vote was stored; set by
 COMMENT ON COLUMN public.votes.vote IS 'The cat; constraint votes_vote_is_a_cat knows them all.';
 COMMENT ON COLUMN public.votes.slot IS 'Decides on the node; set by itself.';
 
+-- Adds 1 or -1 to the total, under the hour -infinity, and to the hour.
 CREATE OR REPLACE FUNCTION public.count_vote(vote text, date_created timestamptz, slot int, delta int) RETURNS void
 LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp
 AS $$
@@ -88,7 +86,6 @@ BEGIN
     ON CONFLICT ON CONSTRAINT tally_primary_key DO UPDATE SET votes = counter.votes + EXCLUDED.votes;
 END
 $$;
-COMMENT ON FUNCTION public.count_vote(text, timestamptz, int, int) IS 'Adds to the total and to the hour of a vote.';
 
 -- SECURITY DEFINER lets a role vote that may only INSERT into votes.
 CREATE OR REPLACE FUNCTION public.change_vote() RETURNS trigger
@@ -126,8 +123,8 @@ END
 $$;
 COMMENT ON FUNCTION public.change_vote() IS 'Does to ballots and tally what a statement does to a row of votes.';
 
--- Else any role could forge the tally.
-REVOKE EXECUTE ON FUNCTION public.count_vote(text, timestamptz, int, int), public.change_vote() FROM PUBLIC;
+-- Else any role could tie it to a table of its own and forge votes.
+REVOKE EXECUTE ON FUNCTION public.change_vote() FROM PUBLIC;
 
 -- What the page shows to everybody, any role may read: it needs no account on the nodes for that.
 CREATE OR REPLACE FUNCTION public.read_totals() RETURNS TABLE (vote text, votes bigint)
@@ -141,15 +138,12 @@ BEGIN
     GROUP BY counter.vote;
 END
 $$;
-COMMENT ON FUNCTION public.read_totals() IS 'What vote_totals shows.';
 
 CREATE OR REPLACE VIEW public.vote_totals AS
 SELECT vote, votes
 FROM public.read_totals()
 ORDER BY vote;
-COMMENT ON VIEW public.vote_totals IS 'Votes for each cat, at a price that does not grow with them.';
-COMMENT ON COLUMN public.vote_totals.vote IS 'The cat.';
-COMMENT ON COLUMN public.vote_totals.votes IS 'Number of rows in votes for this cat, exact.';
+COMMENT ON VIEW public.vote_totals IS 'Votes for each cat, exact, at a price that does not grow with them.';
 
 CREATE OR REPLACE FUNCTION public.read_hours() RETURNS TABLE (hour timestamptz, vote text, votes bigint)
 LANGUAGE plpgsql STABLE SECURITY DEFINER SET search_path = pg_catalog, pg_temp
@@ -163,16 +157,12 @@ BEGIN
     HAVING sum(counter.votes) <> 0;
 END
 $$;
-COMMENT ON FUNCTION public.read_hours() IS 'What votes_by_hour shows.';
 
 CREATE OR REPLACE VIEW public.votes_by_hour AS
 SELECT hour, vote, votes
 FROM public.read_hours()
 ORDER BY hour, vote;
-COMMENT ON VIEW public.votes_by_hour IS 'Votes for each cat and hour that has any; reads counters, no rows.';
-COMMENT ON COLUMN public.votes_by_hour.hour IS 'The first instant of an hour of UTC; votes dated infinity have none.';
-COMMENT ON COLUMN public.votes_by_hour.vote IS 'The cat.';
-COMMENT ON COLUMN public.votes_by_hour.votes IS 'Number of votes in that hour, exact.';
+COMMENT ON VIEW public.votes_by_hour IS 'Votes for each cat and hour of UTC that has any; reads counters, no rows.';
 
 -- The nodes count, each in its own time zone, and do not know the reader's: they have to be told.
 CREATE OR REPLACE FUNCTION public.read_days(time_zone text) RETURNS TABLE (day date, vote text, votes bigint)
@@ -185,16 +175,12 @@ BEGIN
     GROUP BY 1, 2;
 END
 $$;
-COMMENT ON FUNCTION public.read_days(text) IS 'Votes for each cat and day of that time zone; reads all of votes.';
 
 CREATE OR REPLACE VIEW public.votes_by_day AS
 SELECT day, vote, votes
 FROM public.read_days(current_setting('TimeZone'))
 ORDER BY day, vote;
-COMMENT ON VIEW public.votes_by_day IS 'Votes for each cat and day that has any; reads all of votes.';
-COMMENT ON COLUMN public.votes_by_day.day IS 'In your session''s time zone (SHOW timezone).';
-COMMENT ON COLUMN public.votes_by_day.vote IS 'The cat.';
-COMMENT ON COLUMN public.votes_by_day.votes IS 'Number of votes on that day.';
+COMMENT ON VIEW public.votes_by_day IS 'Votes for each cat and day of your time zone (SHOW timezone); reads all of votes.';
 
 -- Adds the difference between rows and counters. Citus runs this beside the rows, shard by shard, where one
 -- snapshot sees both. Votes that come meanwhile change both alike: the difference stays true and none waits.
