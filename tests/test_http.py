@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from threading import Lock
 from wsgiref.util import setup_testing_defaults
 
+import bottle
 import psycopg
 import pytest
 from client import FORM, ask, chunked, get, vote
@@ -435,6 +436,21 @@ def test_a_page_is_made_once_for_each_reading_and_once_more_when_that_is_outdate
     assert len(made) == 1
 
 
+def test_pages_that_are_fresh_and_files_are_sent_again_without_routing(application, monkeypatch):
+    targets = ["/", "/tally.json", "/history", application.catvote.static_url("pita.svg")]
+    for target in targets:
+        get(application, target)
+    monkeypatch.setattr(application.catvote, "routes", lambda *_: 1 / 0)
+    assert [get(application, target).status for target in targets] == [200] * 4
+
+
+def test_a_template_is_compiled_once(application):
+    get(application, "/nope")
+    compiled = len(bottle.TEMPLATES)
+    get(application, "/nope")
+    assert len(bottle.TEMPLATES) == compiled
+
+
 @pytest.mark.alone
 def test_while_a_reading_hangs_one_visitor_waits_and_the_others_get_the_last_one(application, shared_database):
     known = get(application, "/").votes
@@ -456,6 +472,7 @@ def test_while_a_reading_hangs_one_visitor_waits_and_the_others_get_the_last_one
             *others, slowest = sorted(seconds)
             assert 1 < slowest < 2
             assert max(others) < others_wait
+        assert get(application, "/healthz").status == 503
         outdated = get(application, "/tally.json")
         assert int(outdated.headers["Age"]) >= 1
     wait_until(lambda: not get(application, "/").outdated, seconds=2)
