@@ -425,8 +425,7 @@ class Reader:
         deadline = monotonic() + 1.4
         if not self.known_reading(since) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
             try:
-                # Without the pause, a database that refuses at once would be asked, and a line logged, at each visit.
-                if not self.known_reading(since) and not self.failed_within(0.2):
+                if not self.known_reading(since):
                     self.read(deadline)
             finally:
                 self.turn.release()
@@ -446,6 +445,8 @@ class Reader:
 
     def read(self, deadline: float) -> None:
         """Run the statement, and keep what comes of it: the Reading or the Trouble."""
+        if self.failed_within(0.2):  # a database that refuses at once is not asked, and no line logged, at each visit
+            sleep(0.2)
         try:
             with connection_until(deadline, cancel_patience=0.15) as connection:
                 sent_at = monotonic()
@@ -566,27 +567,23 @@ class Connection(psycopg.Connection):
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
         except psycopg.OperationalError:
-            if (
-                self.pgconn.transaction_status == TransactionStatus.ACTIVE
-            ):  # the statement still runs: it is our time-out
+            is_our_time_out = self.pgconn.transaction_status == TransactionStatus.ACTIVE  # the statement still runs
+            if is_our_time_out:
                 self.cancel_safe(timeout=self.cancel_patience)
                 super().wait(gen, timeout=self.cancel_patience)
             raise
 
     def may_be_dead(self) -> bool:
         """Return whether the server may have gone, as far as one can know without asking it."""
+        arrivals = poll()
+        arrivals.register(self.fileno(), POLLIN)
+        # On an idle connection, what comes from the server is hardly ever anything but good-bye.
+        server_has_hung_up = bool(arrivals.poll(0))
         # Networks forget silent connections without a word, some after a minute.
-        return monotonic() - self.last_used_at > UNUSED_TOO_LONG or something_came(self)
+        return server_has_hung_up or monotonic() - self.last_used_at > UNUSED_TOO_LONG
 
 
 UNUSED_TOO_LONG = 10  # seconds
-
-
-def something_came(connection: Connection) -> bool:
-    """Return whether the server has sent something: on an idle connection that is hardly ever anything but good-bye."""
-    poller = poll()
-    poller.register(connection.fileno(), POLLIN)
-    return bool(poller.poll(0))
 
 
 def living_connection(deadline: float) -> Connection:

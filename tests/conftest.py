@@ -208,9 +208,6 @@ def application(serve, shared_database):
     return serve(shared_database)
 
 
-stored = take_votes  # its old name, until every test has changed over
-
-
 @pytest.fixture
 def project():
     """A copy of the project, for one test."""
@@ -271,9 +268,9 @@ def verify():
         assert "Traceback" not in service.log
         assert {answer.status for answer in load.answers} <= {*statuses}
 
-        # One visitor tries to read while the database is in trouble; nobody waits for that one.
+        # One visitor tries to read while the database is in trouble; nobody waits a second for that one.
         answers = [answer for answer in load.answers if answer.status > 0]
-        held = [answer for answer in answers if answer.seconds > 1 and answer.path not in ("/add", "/healthz")]
+        held = [answer for answer in answers if answer.seconds > 1.2 and answer.path not in ("/add", "/healthz")]
         assert most_at_once(held) <= 2 * 2 * len(load.services)  # readers, workers
         for answer in answers:
             assert answer.seconds < {"/add": 8, "/healthz": 4}.get(answer.path, page_seconds), answer

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import psutil
 import psycopg
-from local.processes import wait_until  # noqa: F401 (until the tests import it from there)
 
 
 def sql(url, statement, *parameters):
@@ -132,8 +131,3 @@ class Network:
             self.forgotten += 1
             while client.recv(65536):
                 pass
-
-
-def workers(service):
-    """Old name of Service.workers, until every test has changed over."""
-    return psutil.Process(service.process.pid).children()

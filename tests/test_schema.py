@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
 from local import ROOT
+from local.processes import wait_until
 from psycopg import errors
 from sessions import (
     CATS,
@@ -175,9 +176,11 @@ def test_the_tally_is_exact_after_any_statements(connection):
     )
 
 
-def test_totals_come_in_the_order_of_the_cats_zero_among_them(connection):
-    vote(connection, "Pita")
-    assert connection.execute("SELECT * FROM vote_totals").fetchall() == [("Gummi", 0), ("Pita", 1)]
+def test_totals_have_all_cats_in_their_order(connection):
+    connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat")
+    connection.execute("SET enable_sort = off; SET enable_mergejoin = off")  # which would put them in order, too
+    vote(connection, "Pita", "Bella")
+    assert connection.execute("SELECT * FROM vote_totals").fetchall() == [("Bella", 1), ("Gummi", 0), ("Pita", 1)]
 
 
 def test_totals_and_constraint_know_the_same_cats(connection):
@@ -232,14 +235,13 @@ def test_mixed_statements_of_many_sessions_neither_deadlock_nor_miscount(connect
             f"BEGIN; DELETE FROM votes WHERE {own}; ROLLBACK",
             f"DELETE FROM votes WHERE {own} AND row_id % 3 < 2",
         ]
-        if number == 0:
-            statements.append("TRUNCATE votes")
+        statements.append("TRUNCATE votes" if number == 0 else "SELECT recount_votes()")
         for statement in statements * 12:
             while True:
                 try:
                     writer.execute(statement)
                     break
-                except errors.SerializationFailure:
+                except (errors.SerializationFailure, errors.UniqueViolation):  # of recounts from older snapshots
                     writer.execute("ROLLBACK")
 
     with psycopg.connect(database, autocommit=True) as reader, ThreadPoolExecutor() as executor:
@@ -336,14 +338,6 @@ def test_a_snapshot_older_than_a_truncate_sees_neither_votes_nor_totals(connecti
     assert totals(connection) == {"Gummi": 1, "Pita": 1}
 
 
-def test_a_truncate_from_an_older_snapshot_takes_newer_votes_along(connection, database, connect):
-    older = connect(database)
-    older.execute("BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT 1")
-    vote(connection, "Pita", "Gummi")
-    older.execute("TRUNCATE votes; COMMIT")
-    assert inexact(connection) == []
-
-
 def test_recount_mends_a_damaged_tally(connection):
     vote(connection, "Pita", "Gummi", "Pita")
     connection.execute("UPDATE tally SET votes = votes + 7 WHERE vote = 'Pita'")
@@ -378,23 +372,6 @@ def test_two_recounts_at_once_mend_a_damage_once(connection, database, connect):
     wait_until_blocked(connection, second)
     first.execute("COMMIT")
     running.result()
-    assert inexact(connection) == []
-
-
-@on_every_major
-def test_recounts_among_votes_of_many_sessions_leave_the_counters_exact(connection, database):
-    def work(session, number):
-        for _ in range(60):
-            if number == 0:
-                session.execute("SELECT recount_votes()")
-                assert inexact(session) == []
-            else:
-                vote(session, "Pita", "Gummi")
-                session.execute(
-                    "UPDATE votes SET date_created = date_created - interval '1 hour' WHERE row_id %% 7 = %s", [number]
-                )
-
-    at_once(4, database, work)
     assert inexact(connection) == []
 
 
@@ -464,17 +441,6 @@ def explain(connection, statement):
     return str(plan), pages, sum(trigger["Calls"] for trigger in plan.get("Triggers", []))
 
 
-def test_totals_cost_the_same_with_many_votes_as_with_few(connection):
-    vote(connection, "Pita", "Gummi")
-    _, pages, _ = explain(connection, "SELECT * FROM vote_totals")
-    connection.execute(MANY_VOTES)
-    for _ in range(1000):
-        vote(connection, "Pita")
-    _, later_pages, _ = explain(connection, "SELECT * FROM vote_totals")
-    assert later_pages <= pages + 5
-    assert explain(connection, "SELECT vote, count(*) FROM votes GROUP BY vote")[1] > 1000
-
-
 @on_every_major
 def test_ten_years_of_hours_make_neither_totals_nor_the_last_month_dearer(connection):
     connection.execute(
@@ -509,14 +475,17 @@ def test_a_statement_is_counted_once_not_each_of_its_rows(connection):
     assert explain(connection, MANY_VOTES)[2] == 1
 
 
-def test_the_index_finds_a_time_range(connection):
+def test_the_index_finds_a_day_of_new_votes_without_a_vacuum(connection):
+    connection.execute("ALTER TABLE votes SET (autovacuum_enabled = off); SET enable_seqscan = off")
     connection.execute(MANY_VOTES)
-    connection.execute("VACUUM ANALYZE votes")
-    plan, pages, _ = explain(
-        connection, "SELECT count(*) FROM votes WHERE date_created BETWEEN '2020-03-01' AND '2020-03-02'"
-    )
-    assert "votes_date_created_brin" in plan
-    assert pages < 400
+    day = "SELECT count(*) FROM votes WHERE date_created BETWEEN '2020-03-01' AND '2020-03-02'"
+    connection.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+    try:
+        connection.execute("SELECT pg_reload_conf()")
+        wait_until(lambda: explain(connection, day)[1] < 400)  # of some 1,300 pages
+    finally:
+        connection.execute("ALTER SYSTEM RESET autovacuum_naptime")
+        connection.execute("SELECT pg_reload_conf()")
 
 
 # Search paths and roles

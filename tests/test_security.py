@@ -103,7 +103,7 @@ every_error = pytest.mark.parametrize(("method", "target", "headers", "body", "s
 def test_every_answer_tells_browsers_to_be_careful(answer):
     policy = dict(directive.split(" ", 1) for directive in answer.headers["Content-Security-Policy"].split("; "))
     assert policy.pop("default-src") == policy.pop("base-uri") == policy.pop("frame-ancestors") == "'none'"
-    assert {"form-action", "img-src", "style-src", "connect-src"} <= policy.keys()
+    assert {"form-action", "img-src", "style-src", "script-src", "connect-src"} == policy.keys()
     assert set(policy.values()) == {"'self'"}
     for name, value in {
         "X-Content-Type-Options": "nosniff",
