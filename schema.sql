@@ -128,6 +128,7 @@ BEGIN
     -- These two change nothing but lock the views: before the tally, as readers do (another order
     -- would be a deadlock), and before votes, which then need not wait for slow readers.
     ALTER VIEW IF EXISTS public.votes_by_hour RESET (security_barrier);
+    -- Who waits from here on keeps votes waiting, and a visitor's patience ends after 2 seconds.
     SET LOCAL lock_timeout = '1s';
     ALTER VIEW IF EXISTS public.vote_totals RESET (security_barrier);
 
@@ -146,8 +147,6 @@ BEGIN
     OR (SELECT max(row_id) FROM public.votes) > coalesce(pg_sequence_last_value(row_ids), 0)
     THEN
         LOCK TABLE public.votes IN SHARE ROW EXCLUSIVE MODE;
-        -- From here on votes wait, and a visitor's patience ends after 2 seconds.
-        SET LOCAL lock_timeout = '500ms';
 
         -- Without this, each of the next votes would meet a row_id that is taken. It outlives a ROLLBACK,
         -- which only skips numbers.

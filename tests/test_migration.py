@@ -171,6 +171,18 @@ def test_the_schema_moves_a_sequence_on_that_rows_have_overtaken(connection, dat
     assert next_row_id(connection) == 51
 
 
+def test_the_schema_waits_for_rows_that_are_just_coming(connection, database, connect):
+    copying, applying = connect(database), connect(database)
+    copy_in(connection, 50)
+    copying.execute("BEGIN")
+    copy_in(copying, 51)
+    applied = applying.start(SCHEMA)
+    wait_until_blocked(connection, applying)
+    copying.execute("COMMIT")
+    applied.result()
+    assert next_row_id(connection) == 52
+
+
 @pytest.mark.parametrize("row_ids", [[], [-5], [3]])
 def test_the_schema_never_moves_a_sequence_back(connection, database, row_ids):
     vote(connection, *["Pita"] * 100)

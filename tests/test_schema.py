@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
 from local import ROOT
+from local.processes import wait_until
 from psycopg import errors
 from sessions import (
     CATS,
@@ -175,9 +176,11 @@ def test_the_tally_is_exact_after_any_statements(connection):
     )
 
 
-def test_totals_come_in_the_order_of_the_cats_zero_among_them(connection):
-    vote(connection, "Pita")
-    assert connection.execute("SELECT * FROM vote_totals").fetchall() == [("Gummi", 0), ("Pita", 1)]
+def test_totals_have_all_cats_in_their_order(connection):
+    connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat")
+    connection.execute("SET enable_sort = off; SET enable_mergejoin = off")  # which would put them in order, too
+    vote(connection, "Pita", "Bella")
+    assert connection.execute("SELECT * FROM vote_totals").fetchall() == [("Bella", 1), ("Gummi", 0), ("Pita", 1)]
 
 
 def test_totals_and_constraint_know_the_same_cats(connection):
@@ -472,14 +475,17 @@ def test_a_statement_is_counted_once_not_each_of_its_rows(connection):
     assert explain(connection, MANY_VOTES)[2] == 1
 
 
-def test_the_index_finds_a_time_range(connection):
+def test_the_index_finds_a_day_of_new_votes_without_a_vacuum(connection):
+    connection.execute("ALTER TABLE votes SET (autovacuum_enabled = off); SET enable_seqscan = off")
     connection.execute(MANY_VOTES)
-    connection.execute("VACUUM ANALYZE votes")
-    plan, pages, _ = explain(
-        connection, "SELECT count(*) FROM votes WHERE date_created BETWEEN '2020-03-01' AND '2020-03-02'"
-    )
-    assert "votes_date_created_brin" in plan
-    assert pages < 400
+    day = "SELECT count(*) FROM votes WHERE date_created BETWEEN '2020-03-01' AND '2020-03-02'"
+    connection.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
+    try:
+        connection.execute("SELECT pg_reload_conf()")
+        wait_until(lambda: explain(connection, day)[1] < 400)  # of some 1,300 pages
+    finally:
+        connection.execute("ALTER SYSTEM RESET autovacuum_naptime")
+        connection.execute("SELECT pg_reload_conf()")
 
 
 # Search paths and roles

@@ -132,10 +132,17 @@ def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service):
         assert b"none was counted" in answer.read()
 
 
+def assert_none_ended(service, before):
+    """Fail unless these workers, and no others, still serve. It takes a moment to see that one has just ended."""
+    with visitors(service, 20, LAST) as others:
+        for visitor in others:
+            visitor.recv(1)
+    assert service.workers() == before
+
+
 def test_no_worker_ends_when_visitors_break_off(any_service):
     files = {worker: worker.num_fds() for worker in workers_of(any_service)}
-    start_of_tls = b"\x16\x03\x01\x02\x00"
-    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, start_of_tls, b"":
+    for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
         with visitors(any_service, 10, said):
             pass
         with visitors(any_service, 10, said) as breaking_off:
@@ -147,7 +154,31 @@ def test_no_worker_ends_when_visitors_break_off(any_service):
         for visitor in staying:
             visitor.recv(1)
         wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
-    assert any_service.workers() == [*files]
+    assert_none_ended(any_service, [*files])
+
+
+# An application that fails in the middle of its answers.
+BREAK_OFF = """
+def post_worker_init(worker):
+    def app(environ, start_response):
+        start_response("200 OK", [("Content-Length", "2")])
+        yield b"1"
+        raise RuntimeError("broken off")
+    worker.wsgi = app
+"""
+
+
+def test_no_worker_ends_when_an_answer_breaks_off(altered):
+    with altered(BREAK_OFF, WEB_CONCURRENCY="1") as service:
+        (worker,) = workers_of(service, 1)
+        with visitors(service, 1, LAST) as (visitor,):
+            while visitor.recv(1000):
+                pass
+        with visitors(service, 1, b"nonsense\r\n\r\n") as (staying,):
+            staying.recv(1)
+            files = worker.num_fds()
+            wait_until(lambda: worker.num_fds() < files)  # when the worker has closed both
+        assert_none_ended(service, [worker])
 
 
 def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
