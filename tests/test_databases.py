@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from client import get, vote
-from conftest import missing, new_database
+from conftest import missing
 from faults import sql
 from local import ROOT
 from local.processes import wait_until
@@ -148,16 +148,6 @@ def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(own, connection):
     assert refused.status == 400
     assert "no vote was counted" in refused.text
     assert vote(own, body=b"vote=Gummi").status == 303
-
-
-def test_text_that_cannot_be_read_is_an_honest_503(server, serve):
-    with new_database(server, "template0 ENCODING 'SQL_ASCII'") as url:
-        initdb(url)
-        view = r"DROP VIEW vote_totals; CREATE VIEW vote_totals AS SELECT convert_from('\xff', 'SQL_ASCII') AS vote, 1 AS votes"
-        sql(url, view)
-        application = serve(url)
-        assert get(application, "/").status == 503
-        assert vote(application).status == 303
 
 
 # Schemas of another time
