@@ -225,6 +225,7 @@ VERDICTS = {
     "08006": "could not be confirmed",  # connection_failure: a server behind ours was lost
     "40003": "could not be confirmed",  # statement_completion_unknown
     "XX000": "could not be confirmed",  # internal_error
+    "40001": "was not counted",  # serialization_failure, again and again
     "53100": "was not counted",  # disk_full
     "57014": "was not counted",  # query_canceled, by somebody else
 }

@@ -179,6 +179,8 @@ def test_a_frozen_server_process_holds_nobody_up(database, verify):
 
 
 def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(worker, database):
+    assert vote(worker).status == 303
+    assert len(backends(database)) == 1  # none before it is needed
     with ThreadPoolExecutor(30) as visitors, psycopg.connect(database) as connection:
         connection.execute("LOCK TABLE votes, tally")
         for _ in range(10):
@@ -382,6 +384,21 @@ def test_a_worker_that_lacked_threads_reaches_the_database_when_it_has_them(appl
     assert take_votes() == ["Pita"]
     names = [thread.name for thread in threading.enumerate() if thread.name.startswith("catvote")]
     assert len(names) == len({*names})  # those that did start have ended again
+
+
+def test_visitors_who_come_first_together_share_a_pool(application, monkeypatch):
+    pools, open_pool = [], application.catvote.open_pool
+
+    def open_slowly():
+        time.sleep(0.2)
+        pools.append(open_pool())
+        return pools[-1]
+
+    monkeypatch.setattr(application.catvote, "open_pool", open_slowly)
+    with ThreadPoolExecutor(3) as visitors:
+        answers = visitors.map(lambda target: get(application, target), ["/", "/history", "/healthz"])
+        assert [answer.status for answer in answers] == [200] * 3
+    assert len(pools) == 1
 
 
 def test_sigterm_lets_every_request_have_its_answer(database, verify):
