@@ -78,17 +78,18 @@ def seconds_for(action):
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    "said",
+    ("said", "number"),
     [
-        pytest.param(LAST, id="stay after the last answer"),
-        pytest.param(b"nonsense\r\n\r\n", id="stay after an error"),
-        pytest.param(REFUSED_IN_MID_BODY, id="stop in mid-body"),
-        pytest.param(b"", id="say nothing"),
+        pytest.param(LAST, 300, id="stay after the last answer"),
+        pytest.param(b"nonsense\r\n\r\n", 300, id="stay after an error"),
+        pytest.param(REFUSED_IN_MID_BODY, 300, id="stop after a refusal in mid-body"),
+        pytest.param(b"", 300, id="say nothing"),
+        pytest.param(b"GET / HT", 50, id="stop in mid-request"),  # they keep a thread each
     ],
 )
-def test_nobody_waits_for_visitors_who(said, shared_service):
+def test_nobody_waits_for_visitors_who(said, number, shared_service):
     before = workers_of(shared_service)
-    with visitors(shared_service, 300, said):
+    with visitors(shared_service, number, said):
         waits = [seconds_for(lambda: get(shared_service, "/")) for _ in range(50)]
     assert max(waits) < 1.5
     assert shared_service.workers() == before
@@ -101,26 +102,35 @@ def test_who_stops_in_mid_request_keeps_no_thread_for_ever(said, altered):
         assert get(service, "/").status == 200
 
 
-@pytest.fixture(scope="module", params=["http", "https"])
-def any_service(request, shared_service, shared_database, tmp_path_factory):
-    """The service by http, and by https."""
-    if request.param == "http":
-        yield shared_service
-        return
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Path of a certificate for localhost; its key is beside it."""
     if not shutil.which("openssl"):
         missing("no openssl: apt-get install openssl")
     folder = tmp_path_factory.mktemp("certificate")
     command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out certificate"
     subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
-    arguments = f"--certfile={folder / 'certificate'} --keyfile={folder / 'key'}"
+    return folder / "certificate"
+
+
+@pytest.fixture(scope="module")
+def tls_service(shared_database, certificate):
+    """The service by https."""
+    arguments = f"--certfile={certificate} --keyfile={certificate.with_name('key')}"
     with Service(shared_database, GUNICORN_CMD_ARGS=arguments) as service:
         yield service
 
 
-def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service):
+@pytest.fixture(params=["shared_service", "tls_service"], ids=["http", "https"])
+def any_service(request):
+    """The service by http, and by https."""
+    return request.getfixturevalue(request.param)
+
+
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service, tls_service, certificate):
     with visitors(any_service, 1) as (visitor,):
-        if any_service.told.certfile:
-            trusting = ssl.create_default_context(cafile=any_service.told.certfile)
+        if any_service is tls_service:
+            trusting = ssl.create_default_context(cafile=certificate)
             visitor = trusting.wrap_socket(visitor, server_hostname="localhost")
         visitor.sendall(REFUSED_IN_MID_BODY)
         for _ in range(10):
