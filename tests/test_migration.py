@@ -205,7 +205,7 @@ def test_an_earlier_version_becomes_as_a_new_one_without_a_change_to_votes_or_ri
         return [line for line in lines if "restrict" not in line and "votes_date_created_brin" not in line]
 
     connection = connect(earlier_database)
-    connection.execute("CREATE ROLE service; GRANT SELECT ON vote_totals, votes_by_hour TO service")
+    connection.execute("CREATE ROLE earlier_service; GRANT SELECT ON vote_totals, votes_by_hour TO earlier_service")
     kept = """
         SELECT array_agg(votes::text || xmin ORDER BY row_id),
                (SELECT array_agg(relacl ORDER BY relname) FROM pg_class WHERE relname IN ('vote_totals', 'votes_by_hour'))
@@ -219,7 +219,7 @@ def test_an_earlier_version_becomes_as_a_new_one_without_a_change_to_votes_or_ri
     with new_database(server) as new:
         initdb(new)
         assert structure(earlier_database) == structure(new)
-    connection.execute("DROP OWNED BY service; DROP ROLE service")
+    connection.execute("DROP OWNED BY earlier_service; DROP ROLE earlier_service")
 
 
 def old_code(session, ended):
@@ -250,7 +250,11 @@ def new_code(service, ended):
     return acknowledged
 
 
-@pytest.mark.parametrize("votes", [5, pytest.param(1_000_000, marks=pytest.mark.alone)])
+@pytest.mark.parametrize(
+    ("earlier_database", "votes"),
+    [("first", 5), ("second", 5), pytest.param("second", 1_000_000, marks=pytest.mark.alone)],
+    indirect=["earlier_database"],
+)
 def test_no_vote_of_old_or_new_code_is_lost_as_an_earlier_version_is_brought_forward(earlier_database, connect, votes):
     connection = connect(earlier_database)
     connection.execute(
@@ -348,6 +352,7 @@ def test_readers_and_the_schema_do_not_wait_for_each_other_in_a_circle(earlier_d
 
 
 @pytest.mark.alone
+@pytest.mark.parametrize("earlier_database", ["first"], indirect=True)
 def test_over_a_slow_line_no_vote_is_kept_waiting_for_a_second(server, earlier_database, connect):
     ended = Event()
 
