@@ -73,11 +73,11 @@ log = logging.getLogger("catvote")
 
 @routes.get("/")
 def index():
-    """The page. `?voted=CAT` adds thanks, and a tally that is read now, so with that vote, whichever worker stored it."""
+    """The page. `?voted=CAT` adds thanks, and a tally that is read now: it has that vote, whichever worker stored it."""
     make_thanks_page = thanks_page_makers.get(request.query.voted)
     if make_thanks_page:
-        return send(tally.reading(since=monotonic()).content(make_thanks_page))
-    return send(tally.latest_reading().content(make_index))
+        return answer_with(tally.reading(since=monotonic()).content(make_thanks_page))
+    return answer_with(tally.latest_reading().content(make_index))
 
 
 @routes.post("/add")
@@ -100,7 +100,7 @@ def add():
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
     reading = tally.latest_reading()
-    answer = send(reading.content(make_tally_json))
+    answer = answer_with(reading.content(make_tally_json))
     if reading.outdated:
         answer.set_header("Age", str(int(monotonic() - reading.sent_at)))
     return answer
@@ -109,7 +109,7 @@ def tally_json():
 @routes.get("/history")
 def history_page():
     """Votes in each of the last 48 hours and 30 days, in UTC."""
-    return send(history.latest_reading().content(make_history))
+    return answer_with(history.latest_reading().content(make_history))
 
 
 @routes.get("/healthz")
@@ -124,21 +124,27 @@ def healthz():
 
 @routes.get("/static/<name:path>")
 def static(name):
-    """A file; a browser keeps it for a year if the address names the present version, else it has to ask again."""
+    """A file; a browser keeps it for a year if the address names the present version, else it has to ask again.
+
+    name -- unused: files are known by their whole path
+    """
     content = files.get(f"{request.path}?{request.query_string}") or files.get(request.path)
     if not content:
         raise HTTPError(404)
-    return send(content)
+    return answer_with(content)
 
 
-def send(content: Content) -> HTTPResponse:
-    """Return Bottle's answer with a content, or with 304 if this visitor has it already."""
+def answer_with(content: Content) -> HTTPResponse:
+    """Return Bottle's answer with this content, or a 304 if the visitor has it already."""
     status, headers, body = content.answer(request.environ)
     return HTTPResponse(body, status, headers)
 
 
 def is_cross_origin(environ: dict) -> bool:
-    """Return whether a page of another origin sent a request: https://pkg.go.dev/net/http#CrossOriginProtection."""
+    """Return whether a page of another origin sent a request: by Sec-Fetch-Site, else by comparing Origin with Host.
+
+    The rule is that of https://pkg.go.dev/net/http#CrossOriginProtection.
+    """
     site = environ.get("HTTP_SEC_FETCH_SITE")
     if site:
         return site not in ("same-origin", "none")
@@ -178,7 +184,7 @@ def read_body(limit: int) -> bytes:
 
 
 class Unavailable(HTTPError):
-    """The answer 503: a statement has failed, and `trouble` says what became of it."""
+    """The answer 503: the database could not be asked, or did not do it; `trouble` says which."""
 
     def __init__(self, trouble: Trouble | None):
         super().__init__(503, Retry_After="5")
@@ -211,10 +217,11 @@ KEEP_FOR_A_YEAR = "max-age=31536000, immutable"
 
 
 class Content:
-    """The body of an answer, and its headers. A browser that has this body already, as the entity tag shows, gets a 304."""
+    """The body of an answer, and its headers. A browser that has it already, as the entity tag shows, gets a 304."""
 
     def __init__(self, body: bytes, content_type: str, cache_control: str = ASK_AGAIN):
         self.body = body
+        # A body that a browser may not keep has another tag than the same body that it may.
         self.tag = f'"{sha256(cache_control.encode() + body).hexdigest()[:16]}"'
         self.cache_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
         self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.cache_headers]
@@ -234,12 +241,13 @@ def make_index(reading: Reading, voted: str | None = None) -> Content:
     return html(render("index", votes=votes, thanked=CANDIDATES.get(voted), outdated=reading.outdated))
 
 
+# Made once, since a Reading keeps its contents by these functions.
 thanks_page_makers = {cat: partial(make_index, voted=cat) for cat in CANDIDATES}
 
 
 def make_tally_json(reading: Reading) -> Content:
     """Return the tally for scripts."""
-    # An outdated one has an Age, which a browser would keep with its copy when the outage is over.
+    # A browser that had stored an outdated one would still see its Age after a later 304.
     cache_control = "no-store" if reading.outdated else ASK_AGAIN
     return Content(json.dumps(dict(reading.rows)).encode(), "application/json", cache_control)
 
@@ -306,7 +314,7 @@ class VoteStore:
         self.turn = Lock()  # held by the leader whose batch is being stored
         self.joining = Lock()  # held for a moment, to join the next batch or to close it
         self.next_batch = Batch()
-        self.last_failed = False  # the last batch that had its turn met with an error
+        self.last_failed = False  # the last batch that had its turn failed, but not because it was REFUSED
 
     def store(self, vote: str) -> Trouble | None:
         """Store a vote; return None once it is committed, else the Trouble. Takes less than 8 seconds."""
@@ -331,7 +339,7 @@ class VoteStore:
                 self.last_failed = any(trouble not in (None, Trouble.REFUSED) for trouble in batch.troubles.values())
             else:
                 batch.troubles = dict.fromkeys(batch.votes, Trouble.NOT_IN_TIME)
-        finally:  # whatever happens, nobody waits for ever
+        finally:  # nobody waits for ever, even after a mistake of ours
             batch.decided.set()
             if has_turn:
                 self.turn.release()
@@ -417,7 +425,9 @@ class Reader:
         return self.reading(since=monotonic() - self.fresh)
 
     def reading(self, since: float) -> Reading:
-        """Return a Reading sent at that moment or later, or the last one, as outdated. Raises Unavailable if there is none.
+        """Return a Reading sent at that moment or later, and fresh; or the last one, as outdated.
+
+        Raises Unavailable if there is none.
 
         The visitor who reads is held for 1.7 seconds at most. Others wait for that one for 0.8 seconds at most, or not at
         all within 5 seconds of a failure.
@@ -445,7 +455,7 @@ class Reader:
 
     def read(self, deadline: float) -> None:
         """Run the statement, and keep what comes of it: the Reading or the Trouble."""
-        if self.failed_within(0.2):  # a database that refuses at once is not asked, and no line logged, at each visit
+        if self.failed_within(0.2):  # at most five attempts, and lines in the log, a second
             sleep(0.2)
         try:
             with connection_until(deadline, cancel_patience=0.15) as connection:
@@ -490,10 +500,10 @@ def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connec
 
 
 class Trouble(Enum):
-    """What became of a statement that failed."""
+    """What became of a statement that failed. The values explain the names; views/error.tpl has words for visitors."""
 
     NOT_IN_TIME = "It was not sent in time, or was late and is cancelled: it is certainly not done."
-    UNCERTAIN = "It was sent, and no clear answer came: it may have been done."
+    UNCERTAIN = "It may have been sent, and no clear answer came: it may have been done."
     REFUSED = "It breaks a check constraint of the schema: it is certainly not done."
     NOT_READY = "The database answers, but cannot do it: it is certainly not done."
 
@@ -504,7 +514,7 @@ def trouble_of(error: Exception) -> Trouble:
         return Trouble.UNCERTAIN
     if isinstance(error, CheckViolation):
         return Trouble.REFUSED
-    if isinstance(error, QueryCanceled):  # by us: see Connection.wait; or by the operator
+    if isinstance(error, QueryCanceled):  # by us (see Connection.wait), by a statement_timeout, or by the operator
         return Trouble.NOT_IN_TIME
     return Trouble.NOT_READY
 
@@ -512,8 +522,8 @@ def trouble_of(error: Exception) -> Trouble:
 def is_undone(error: Exception) -> bool:
     """Return whether it is certain that the statement has changed nothing.
 
-    An ERROR undoes it. The FATAL of a connection that ends does not, nor does an ERROR that says the outcome is unknown:
-    a connection behind the server was lost (class 08), completion unknown (40003), internal error (class XX).
+    After an ERROR it is. After the FATAL of a connection that ends, or no answer, nobody knows; nor after an ERROR that
+    says so: a connection behind the server was lost (class 08), completion unknown (40003), internal error (class XX).
     https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
     if not isinstance(error, psycopg.Error):
@@ -557,12 +567,12 @@ class Connection(psycopg.Connection):
         """Wait for the server's answer, which `gen`, a generator of psycopg's, reads until it is complete.
 
         Past the deadline, ask the server to cancel the statement, and wait a little longer. There are three ends. The
-        server confirms the cancel: QueryCanceled, nothing was done. It stays silent: it may still do it. It reports
-        success, and we report the time-out all the same: with synchronous replication, a commit whose wait was cancelled
-        may be on this server only.
+        server confirms the cancel: QueryCanceled, nothing was done. It stays silent, and the second wait is over: it may
+        still do it. It reports success: the time-out is raised all the same, since with synchronous replication a commit
+        whose wait was cancelled may be on this server only.
 
-        psycopg calls this for each statement, without a `timeout` (checked: 3.3.9; guarded by tests/test_faults.py). The
-        request to cancel ends in time since libpq 17, which psycopg[binary] brings.
+        psycopg calls this for each statement, without a `timeout`, which is ignored (checked: 3.3.9; guarded by
+        tests/test_faults.py). The request to cancel ends in time since libpq 17, which psycopg[binary] brings.
         """
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
@@ -604,7 +614,7 @@ opening = Lock()
 
 
 def pool() -> ConnectionPool:
-    """Return the pool of this process, opened at its first use: one that was opened before a fork is of no use after it.
+    """Return the pool of this process, opened at its first use: one opened before a fork is of no use after it.
 
     Raises RuntimeError if a thread that it needs cannot be started, and ValueError as `database_url` does. Then the next
     call tries again.
@@ -760,13 +770,13 @@ def app(environ, start_response):
         status, headers, body = content.answer(environ)
         start_securely(status, headers)
         return [body]
-    # The server has decoded the path. It is encoded again, since Bottle drops bytes that are not UTF-8: /%FF would be /.
+    # The web server has decoded the path. It is encoded again, since Bottle drops bytes that are not UTF-8 (/%FF was /).
     environ["PATH_INFO"] = quote(path, encoding="latin-1")
     return routes(environ, start_securely)
 
 
 def content_in_memory(environ: dict, path: str) -> Content | None:
-    """Return the content asked for if it is there, and fresh. This skips Bottle's routing, a quarter of a page's CPU."""
+    """Return the content asked for if it is there, and fresh: for speed, since most requests need no routing."""
     if environ["REQUEST_METHOD"] != "GET":
         return None
     query = environ.get("QUERY_STRING")
@@ -781,7 +791,7 @@ def content_in_memory(environ: dict, path: str) -> Content | None:
 
 def security_headers(environ: dict, path: str) -> list[tuple[str, str]]:
     """Return headers that tell a browser what not to do with an answer."""
-    # Pages of other sites may show the picture that is made for links to us, and nothing else.
+    # Pages of other sites may show the preview of a link to us, and nothing else.
     resource_policy = "cross-origin" if path == "/static/card.png" else "same-origin"
     headers = [*SECURITY_HEADERS, ("Cross-Origin-Resource-Policy", resource_policy)]
     if environ["wsgi.url_scheme"] == "https":
