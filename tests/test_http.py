@@ -455,6 +455,7 @@ def test_a_template_is_compiled_once(application):
 @pytest.mark.alone
 def test_while_a_reading_hangs_one_visitor_waits_and_the_others_get_the_last_one(application, shared_database):
     known = get(application, "/").votes
+    assert get(application, "/healthz").status == 200
     with psycopg.connect(shared_database) as connection, ThreadPoolExecutor(10) as visitors:
         connection.execute("LOCK TABLE tally")
         for others_wait in 1, 0.4:  # as long as they do not know that an attempt has failed, and then
