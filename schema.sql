@@ -32,7 +32,10 @@ SELECT date_created::date AS day, vote, count(*) AS votes
 FROM public.votes
 GROUP BY day, vote
 ORDER BY day, vote;
-COMMENT ON VIEW public.votes_by_day IS 'Votes for each cat and day of your time zone (SHOW timezone); reads all of votes.';
+COMMENT ON VIEW public.votes_by_day IS 'Votes for each cat and day that has any; reads all of votes.';
+COMMENT ON COLUMN public.votes_by_day.day IS 'In your session''s time zone (SHOW timezone).';
+COMMENT ON COLUMN public.votes_by_day.vote IS 'The cat.';
+COMMENT ON COLUMN public.votes_by_day.votes IS 'Number of votes on that day.';
 
 -- The tally is exact whatever SQL changes votes, at one price for ten votes or a billion. A
 -- single counter for a cat would make each INSERT wait for the commit of the one before: so a
@@ -186,7 +189,9 @@ BEGIN
     FULL JOIN (SELECT vote, votes FROM public.tally WHERE hour = '-infinity') AS counter USING (vote)
     GROUP BY vote
     ORDER BY vote;
-    COMMENT ON VIEW public.vote_totals IS 'Votes for each cat, exact, at a price that does not grow with them.';
+    COMMENT ON VIEW public.vote_totals IS 'Votes for each cat, at a price that does not grow with them.';
+    COMMENT ON COLUMN public.vote_totals.vote IS 'The cat.';
+    COMMENT ON COLUMN public.vote_totals.votes IS 'Number of rows in votes for this cat, exact.';
 
     CREATE OR REPLACE VIEW public.votes_by_hour AS
     SELECT hour, vote, sum(votes)::bigint AS votes
@@ -195,8 +200,10 @@ BEGIN
     GROUP BY hour, vote
     HAVING sum(votes) <> 0
     ORDER BY hour, vote;
-    COMMENT ON VIEW public.votes_by_hour IS
-        'Votes for each cat and hour of UTC that has any, exact; cheap, above all WHERE hour > a time.';
+    COMMENT ON VIEW public.votes_by_hour IS 'Votes for each cat and hour that has any; cheap, above all WHERE hour > a time.';
+    COMMENT ON COLUMN public.votes_by_hour.hour IS 'The first instant of an hour of UTC; votes dated infinity have none.';
+    COMMENT ON COLUMN public.votes_by_hour.vote IS 'The cat.';
+    COMMENT ON COLUMN public.votes_by_hour.votes IS 'Number of votes in that hour, exact.';
 END
 $$;
 

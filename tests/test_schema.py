@@ -413,7 +413,7 @@ def test_all_that_people_meet_has_a_comment(connection):
         UNION ALL
         SELECT attrelid::regclass || '.' || attname
         FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
-        WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND attnum > 0
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v') AND attnum > 0
               AND col_description(attrelid, attnum) IS NULL
         UNION ALL
         SELECT oid::regprocedure::text
