@@ -317,7 +317,7 @@ class VoteStore:
         self.last_failed = False  # the last batch that had its turn failed, but not because it was REFUSED
 
     def store(self, vote: str) -> Trouble | None:
-        """Store a vote; return None once it is committed, else the Trouble. Takes less than 8 seconds."""
+        """Store a vote; return None once it is committed, else the Trouble. Takes 8 seconds at most."""
         with self.joining:
             batch = self.next_batch
             leads = not batch.votes
