@@ -101,13 +101,15 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
 @pytest.mark.alone
 def test_the_service_starts_before_its_server(server, database, verify):
     server.terminate()
-    with Service(database) as service, Load(service, watchers=20) as load:
-        listening_at = time.monotonic()
-        time.sleep(3)
-        outage = listening_at, time.monotonic()
-        server.start()
-        up_at = time.monotonic()
-        load.go_on(votes=200)
+    with Service(database, WEB_CONCURRENCY="1") as service:
+        assert get(service, "/").status == 503
+        with Load(service, watchers=20) as load:
+            began_at = time.monotonic()
+            time.sleep(3)
+            outage = began_at, time.monotonic()
+            server.start()
+            up_at = time.monotonic()
+            load.go_on(votes=200)
     recovered = recovery(load, up_at)
     verify(load, service)
     assert recovered < 3
@@ -276,6 +278,18 @@ def test_a_network_that_forgets_and_connects_slowly_costs_nobody_anything(databa
                 time.sleep(11)
                 assert network.forgotten
     assert "database: " not in service.log
+
+
+def test_a_connection_is_kept_while_it_is_used(application, shared_database):
+    application.catvote.UNUSED_TOO_LONG = 1
+    used = set()
+    for pause in 0.6, 0.6, 0.6, 1.2:
+        assert vote(application).status == 303
+        used |= {*backends(shared_database)}
+        assert len(used) == 1
+        time.sleep(pause)
+    assert vote(application).status == 303
+    assert not used & {*backends(shared_database)}
 
 
 def test_a_database_that_takes_longer_to_connect_to_serves_within_the_patience_of_the_url(database):
