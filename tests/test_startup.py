@@ -18,7 +18,6 @@ from checkout import Running, complaint, make, nothing_runs_in
 from client import FORM, get, vote, write
 from faults import sql
 from local import ROOT
-from local.postgres import LocalPostgres
 from local.processes import wait_until
 from local.service import Service, check_settings, free_port, procfile, url_of
 from psycopg.conninfo import make_conninfo
@@ -74,7 +73,7 @@ def test_other_verbs_share_its_database(running):
 @contextmanager
 def vote_under_way(service):
     """Yield a connection on which the service waits for the rest of a vote."""
-    with socket.create_connection(("127.0.0.1", service.port)) as voter:
+    with socket.create_connection(("127.0.0.1", service.port), timeout=20) as voter:
         voter.sendall(write("POST", "/add", FORM, "Content-Length: 9", "Expect: 100-continue"))
         assert b" 100 " in voter.recv(100)
         yield voter
@@ -134,11 +133,6 @@ def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_no
     assert "The service did not start" in ended.stderr
     assert "local/" not in ended.stderr
     assert nothing_runs_in(used_project)
-
-
-def test_when_the_server_cannot_start_its_last_words_are_shown(used_project):
-    with pytest.raises(RuntimeError, match='unrecognized configuration parameter "nonsense"'):
-        LocalPostgres(used_project / ".postgres", options={"nonsense": "on"})
 
 
 def test_a_service_that_leaves_processes_behind_is_found_out():
