@@ -30,7 +30,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several
 
 def test_variables_for_other_programs_do_no_harm(used_project, tmp_path):
     tmp_path.joinpath(".psqlrc").write_text("\\o /dev/null\n")
-    report = make(used_project, "report", HOME=str(tmp_path), PGHOST="192.0.2.1", PYTHONHOME="/nowhere")
+    report = make(used_project, "report", HOME=str(tmp_path), PGSSLMODE="require", PYTHONHOME="/nowhere")
     assert "Pita" in report.stdout, report.stderr
 
 
@@ -81,13 +81,14 @@ def test_a_broken_environment_is_made_anew_and_pip_installs_there_whatever_its_s
     shutil.rmtree(small_project / ".venv", ignore_errors=True)
     small_project.joinpath(".venv/bin").mkdir(parents=True)
     small_project.joinpath(".venv/bin/python").symlink_to("/nowhere/python3.9")
+    small_project.joinpath(STAMP).write_text(identity(small_project))
     file = tmp_path / "pip.conf"
     file.write_text(f"[install]\nprefix = {tmp_path}\n")  # of these, the one that has to be mended by hand
     ended = make(small_project, "install", PIP_CONFIG_FILE=str(file))
     assert ended.returncode != 0
     assert "pip config list" in ended.stderr
     file.write_text("[install]\nuser = true\ntarget = /nowhere/elsewhere\n")
-    places = dict.fromkeys(["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON"], str(tmp_path))
+    places = dict.fromkeys(["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON"], str(tmp_path / "elsewhere"))
     ended = make(small_project, "install", PIP_CONFIG_FILE=str(file), PIP_USER="1", PIP_DRY_RUN="1", **places)
     assert ended.returncode == 0, ended.stderr
     assert small_project.joinpath(".venv/bin/gunicorn").exists()
