@@ -8,10 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.request import urlopen
 
 import psutil
-from client import votes_on
 from local import ROOT
 from local.install import STAMP, identity, requirements, stamp_of
 from local.processes import wait_until
@@ -19,14 +17,11 @@ from local.service import Service
 
 
 @contextmanager
-def copy_of_project(mode: int = 0o755) -> Iterator[Path]:
-    """Yield a new copy in a folder with a space in its name, with our packages but no settings and no votes.
-
-    mode -- of the folder around it: in most the server's user may enter, so that the votes are kept in the copy
-    """
+def copy_of_project() -> Iterator[Path]:
+    """Yield a new copy in a folder with a space in its name, with our packages but no settings and no votes."""
     ignored = [".git", ".venv", ".env", ".postgres", ".*cache", ".hypothesis", "__pycache__"]
     with tempfile.TemporaryDirectory(dir="/tmp") as parent:
-        os.chmod(parent, mode)
+        os.chmod(parent, 0o755)  # the server's user may enter, so that the votes are kept in the copy
         folder = Path(parent).resolve() / "a copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*ignored))
         lend_packages(folder)
@@ -63,6 +58,12 @@ def run(command: list[str], folder: Path, answer: str = "", **settings: str) -> 
     return subprocess.run(command, cwd=folder, env=variables, input=answer, capture_output=True, text=True, timeout=90)
 
 
+def complaint(ended: subprocess.CompletedProcess) -> str:
+    """Return the one line in which a verb that has failed says why."""
+    assert ended.returncode != 0
+    return only_line(ended.stderr)
+
+
 def only_line(text: str) -> str:
     """Return the one line of a text about what is wrong, of which there must be no more."""
     (line,) = [line for line in text.splitlines() if not line.startswith(("The votes are kept in", "make: ***"))]
@@ -79,16 +80,6 @@ class Running(Service):
 
     def is_ready(self) -> bool:
         return self.ready in self.log
-
-    def page(self, vote: str | None = None) -> str:
-        """Return the page, as made from the database; with `vote` the one that follows that vote."""
-        form = vote and f"vote={vote}".encode()
-        with urlopen(self.url + ("/add" if vote else "/?voted=Pita"), data=form, timeout=20) as answer:
-            return answer.read().decode()
-
-    def votes(self, vote: str | None = None) -> int:
-        """Return the number of Pita's votes on the page."""
-        return votes_on(self.page(vote))["Pita"]
 
 
 def nothing_runs_in(folder: Path) -> bool:

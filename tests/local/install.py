@@ -15,10 +15,10 @@ from venv import EnvBuilder
 
 from local import ROOT
 
-# What tells pip to install elsewhere (Gitpod: PIP_USER=1), or nothing, does not reach it: neither as variables nor,
-# with these options, from pip.conf. Indexes, proxies and certificates do.
-DIVERSIONS = ["PIP_USER", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN"]
+# What tells pip to install elsewhere (Gitpod: PIP_USER=1), or nothing, does not reach it: these options win over
+# variables and pip.conf, and these variables have no such option. Indexes, proxies and certificates do reach it.
 OPTIONS = ["--no-user", "--target=", "--quiet", "--disable-pip-version-check"]
+DIVERSIONS = ["PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON", "PIP_DRY_RUN"]
 
 STAMP = ".venv/made-for"
 

@@ -104,18 +104,12 @@ class LocalPostgres(Postgresql):
         settings = {
             "port": self.settings["port"],
             "listen_addresses": "127.0.0.1",
-            # A socket's path has at most 107 bytes: too few for any folder but a temporary one.
-            "unix_socket_directories": self.socket_dir if self._use_tmpdir else "",
+            "unix_socket_directories": "",  # a socket's path has at most 107 bytes: too few for any folder
             "fsync": "on" if self.durable else "off",
             **self.options,
         }
         options = [f"--{name}={value}" for name, value in settings.items()]
         return [self.bindir / "postgres", "-D", self.get_data_directory(), *options]
-
-    @property
-    def socket_dir(self) -> str:
-        """Folder of the server's unix socket, if its data is temporary."""
-        return os.path.join(self.base_dir, "tmp")
 
     def dsn(self, **parameters: str) -> dict[str, str | int]:
         return super().dsn(**{"database": "postgres", "password": self.password, **parameters})

@@ -109,20 +109,17 @@ class Service:
     what it wrote, if it ends instead of listening.
     """
 
-    command: str = procfile("web")
-    folder: Path = ROOT
     process: subprocess.Popen
 
     def __init__(
         self,
         database_url: str | None,
         to_terminal: bool = False,
-        command: str | None = None,
-        folder: Path | None = None,
+        command: str = procfile("web"),
+        folder: Path = ROOT,
         **environment: str,
     ):
-        self.command = command or self.command
-        self.folder = folder or self.folder
+        self.command, self.folder = command, folder
         self.port = int(environment.get("PORT") or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {

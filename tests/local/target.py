@@ -62,12 +62,12 @@ class Target(NamedTuple):
             option.envvar.decode(): option.val.decode() for option in attempt.info if option.envvar and option.val
         }
         attempt.finish()
-        settings.pop("PGSERVICE", None)  # what the service file says is in the others, unless the URL says otherwise
-        others = {name: value for name, value in os.environ.items() if name != "PGSERVICE"}
         path = f"{os.environ['PATH']}:{self.psql.parent}"
         ours = {"PGCLIENTENCODING": "UTF8", "DATABASE_URL": self.url, "PATH": path}
         # Without one, libpq looks for a certificate in HOME. If that may not be read, it does without TLS, silently.
-        return {"PGSSLCERT": "/nonexistent", **others, **settings, **ours}
+        variables = {"PGSSLCERT": "/nonexistent", **os.environ, **settings, **ours}
+        variables.pop("PGSERVICE", None)  # what the service file says is in the others, unless the URL says otherwise
+        return variables
 
 
 @contextmanager
