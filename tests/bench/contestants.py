@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.request import urlopen
 
-import psycopg
+from faults import sql
 from local import ROOT
 from local.service import Service
 
@@ -23,50 +23,59 @@ OTHERS = {
 VOTE_TABLE = """
     CREATE TABLE vote (id serial PRIMARY KEY, date_created timestamp DEFAULT now(), vote varchar(10) NOT NULL)
 """
-# Votes from first to last of so many, the same number in each hour of the last 29 days, in the order of their time.
+# The same number of votes in each hour of the last 29 days, in the order of their time.
 FILL = """
     INSERT INTO {table} (date_created, vote)
     SELECT now() - interval '29 days' * (1 - number::float / {votes}), (ARRAY['Gummi', 'Pita'])[1 + number % 2]
-    FROM generate_series({first}, {last}) AS number
+    FROM generate_series(1, {votes}) AS number
 """
-FILL_AT_ONCE = 1_000_000
 
 
-class Database:
-    """A new database without anything."""
+def catvote(postgres, name, votes=None, folder=ROOT):
+    """Return catvote as production starts it, from a checkout with its packages, with so many votes stored."""
+    schema = (folder / "schema.sql").read_text("utf-8")
+    enough = 10_000  # for a bar in the history for each hour and day
+    contestant = Contestant(postgres, name, schema, "votes", enough if votes is None else votes, folder=folder)
+    contestant.environment["PATH"] = f"{folder}/.venv/bin:{contestant.environment['PATH']}"
+    return contestant
 
-    def __init__(self, postgres, name):
-        self.postgres, self.url = postgres, postgres.url(name)
-        with psycopg.connect(postgres.url(), autocommit=True) as connection:
-            connection.execute(f"CREATE DATABASE {name}")
 
-    def run(self, statements):
-        """Run SQL; return the first value of the first row, if any."""
-        with psycopg.connect(self.url, autocommit=True) as connection:
-            cursor = connection.execute(statements)
-            return cursor.fetchone()[0] if cursor.description else None
+def other(postgres, name, way, pages, votes=None):
+    """Return one of OTHERS, which shows the pages in that folder, with so many votes stored."""
+    # PYTHONPATH is for gunicorn.conf.py, and for who takes a part of catvote.
+    options = {"command": OTHERS[way], "folder": FOLDER, "PYTHONPATH": str(ROOT), "PAGES": str(pages)}
+    return Contestant(postgres, name, VOTE_TABLE, "vote", votes or 0, **options)
 
-    def fill(self, table, votes):
-        """Store so many votes in a table, evenly over the last 29 days."""
-        for first in range(1, votes + 1, FILL_AT_ONCE):
-            last = min(votes, first + FILL_AT_ONCE - 1)
-            self.run(FILL.format(table=table, votes=votes, first=first, last=last))
-        for statement in f"VACUUM ANALYZE {table}", "CHECKPOINT":
-            self.run(statement)
+
+def save_pages(contestant, pages):
+    """Save what catvote shows into a folder, for the others; its page also as a template with places for the counts."""
+    page = contestant.get("/")
+    template, places = re.subn(r'(data-votes="(\w+)"[^>]*>)[\d,]+', r'\1{{ votes["\2"] }}', page)
+    if places != 2:
+        raise RuntimeError(f"catvote's page has {places} counts in place of two: {page}")
+    texts = {"page.html": page, "template.html": template}
+    texts |= {"tally.json": contestant.get("/tally.json"), "history.html": contestant.get("/history")}
+    for name, text in texts.items():
+        Path(pages, name).write_text(text)
 
 
 class Contestant(Service):
     """A service to be measured, with two workers unless WEB_CONCURRENCY says otherwise; a context manager.
 
-    database -- its Database
-    emptied -- the table to empty before each turn, if any
+    postgres -- its LocalPostgres, in which it gets a new database of that name, with that schema
+    table -- where votes are stored
+    votes -- how many are stored beforehand; if none, the table is emptied before each turn
     options -- those of Service
     """
 
-    def __init__(self, database, emptied=None, **options):
-        super().__init__(database.url, WEB_CONCURRENCY=os.environ.get("WEB_CONCURRENCY") or "2", **options)
-        self.database, self.emptied = database, emptied
+    def __init__(self, postgres, name, schema, table, votes, **options):
+        self.postgres, self.database, self.table, self.keeps_votes = postgres, postgres.url(name), table, votes > 0
+        super().__init__(self.database, WEB_CONCURRENCY=os.environ.get("WEB_CONCURRENCY") or "2", **options)
         self.most_connections = 0  # to the database, that were seen after a turn
+        sql(postgres.url(), f"CREATE DATABASE {name}")
+        fill = FILL.format(table=table, votes=votes)
+        for statements in schema, fill, f"VACUUM ANALYZE {table}", "CHECKPOINT":
+            sql(self.database, statements)
 
     def __exit__(self, *_):
         with suppress(RuntimeError):  # uvicorn leaves a process behind for a moment
@@ -82,52 +91,13 @@ class Contestant(Service):
         linked = dict.fromkeys(re.findall(r'(?:href|src)="(/static/[^"]+)"', self.get("/")))
         return sorted(linked, key=lambda file: ".css" not in file)
 
-    def prepare(self):
-        """Forget all votes, unless this contestant is to keep them."""
-        if self.emptied:
-            self.database.run(f"TRUNCATE {self.emptied}")
+    def begin_turn(self):
+        """Forget all votes, unless there were some beforehand."""
+        if not self.keeps_votes:
+            sql(self.database, f"TRUNCATE {self.table}")
 
-    def note_connections(self):
+    def end_turn(self):
         """Note how many connections to the database there are: the pool keeps those of a turn for a few seconds."""
-        statement = """
-            SELECT count(*) - 1 FROM pg_stat_activity
-            WHERE datname = current_database() AND backend_type = 'client backend'
-        """  # without this one
-        self.most_connections = max(self.most_connections, self.database.run(statement))
-
-    def restart(self):
-        """Stop it and start it anew."""
-        self.__exit__()
-        self.__enter__()
-
-
-def catvote(postgres, name, votes, folder=ROOT):
-    """Return catvote as production starts it, from a checkout with its packages, with so many votes stored."""
-    database = Database(postgres, name)
-    database.run((folder / "schema.sql").read_text("utf-8"))
-    database.fill("votes", votes)
-    contestant = Contestant(database, None if votes else "votes", folder=folder)
-    contestant.environment["PATH"] = f"{folder}/.venv/bin:{contestant.environment['PATH']}"
-    return contestant
-
-
-def other(postgres, name, way, pages, votes=0):
-    """Return one of OTHERS, which shows the pages in that folder, with so many votes stored."""
-    database = Database(postgres, name)
-    database.run(VOTE_TABLE)
-    database.fill("vote", votes)
-    # PYTHONPATH is for gunicorn.conf.py, and for who takes a part of catvote.
-    options = {"command": OTHERS[way], "folder": FOLDER, "PYTHONPATH": str(ROOT), "PAGES": str(pages)}
-    return Contestant(database, None if votes else "vote", **options)
-
-
-def save_pages(contestant, pages):
-    """Save what catvote shows into a folder, for the others; its page also as a template with places for the counts."""
-    page = contestant.get("/")
-    template, places = re.subn(r'(data-votes="(\w+)"[^>]*>)[\d,]+', r'\1{{ votes["\2"] }}', page)
-    if places != 2:
-        raise RuntimeError(f"catvote's page has {places} counts in place of two: {page}")
-    texts = {"page.html": page, "template.html": template}
-    texts |= {"tally.json": contestant.get("/tally.json"), "history.html": contestant.get("/history")}
-    for name, text in texts.items():
-        Path(pages, name).write_text(text)
+        others = "datname = current_database() AND backend_type = 'client backend' AND pid <> pg_backend_pid()"
+        ((connections,),) = sql(self.database, f"SELECT count(*) FROM pg_stat_activity WHERE {others}")
+        self.most_connections = max(self.most_connections, connections)
