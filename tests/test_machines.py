@@ -225,11 +225,7 @@ def test_a_clone_and_its_database_may_be_in_a_folder_of_any_name(project):
 
 def test_a_name_that_no_environment_can_have_is_refused_with_one_line(project):
     folder = project.rename(project.with_name("a:b"))
-    shutil.rmtree(folder / ".venv")
-    ended = make(folder, "run")
-    assert ended.returncode != 0
-    assert "PATH separator" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "with a : in its name" in complaint(make(folder, "run"))
 
 
 def test_a_clone_may_be_in_a_private_folder(project):

@@ -48,6 +48,7 @@ def test_nobody_else_on_the_machine_gets_into_the_database(running):
     (url,) = re.findall("(postgresql://.+)", running.log)
     with pytest.raises(psycopg.OperationalError, match="no password supplied"):
         psycopg.connect(re.sub(":[^:@]+@", "@", url), passfile="/nowhere")
+    assert sql(url, "SHOW unix_socket_directories") == [("",)]
     assert running.folder.joinpath(".postgres").stat().st_mode & 0o077 == 0
 
 
