@@ -80,14 +80,14 @@ def small_project():
 def test_a_broken_environment_is_made_anew_and_pip_installs_there_whatever_its_settings_say(small_project, tmp_path):
     shutil.rmtree(small_project / ".venv", ignore_errors=True)
     small_project.joinpath(".venv/bin").mkdir(parents=True)
-    small_project.joinpath(".venv/bin/python").symlink_to("/nowhere/python3.9")
+    small_project.joinpath(".venv/bin/python").symlink_to("python3.9")
     small_project.joinpath(STAMP).write_text(identity(small_project))
     file = tmp_path / "pip.conf"
     file.write_text(f"[install]\nprefix = {tmp_path}\n")  # of these, the one that has to be mended by hand
     ended = make(small_project, "install", PIP_CONFIG_FILE=str(file))
     assert ended.returncode != 0
     assert "pip config list" in ended.stderr
-    file.write_text("[install]\nuser = true\ntarget = /nowhere/elsewhere\n")
+    file.write_text(f"[install]\nuser = true\ntarget = {tmp_path}/elsewhere\n")
     places = dict.fromkeys(["PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_PYTHON"], str(tmp_path / "elsewhere"))
     ended = make(small_project, "install", PIP_CONFIG_FILE=str(file), PIP_USER="1", PIP_DRY_RUN="1", **places)
     assert ended.returncode == 0, ended.stderr
@@ -225,11 +225,7 @@ def test_a_clone_and_its_database_may_be_in_a_folder_of_any_name(project):
 
 def test_a_name_that_no_environment_can_have_is_refused_with_one_line(project):
     folder = project.rename(project.with_name("a:b"))
-    shutil.rmtree(folder / ".venv")
-    ended = make(folder, "run")
-    assert ended.returncode != 0
-    assert "PATH separator" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "with a : in its name" in complaint(make(folder, "run"))
 
 
 def test_a_clone_may_be_in_a_private_folder(project):

@@ -48,6 +48,7 @@ def test_nobody_else_on_the_machine_gets_into_the_database(running):
     (url,) = re.findall("(postgresql://.+)", running.log)
     with pytest.raises(psycopg.OperationalError, match="no password supplied"):
         psycopg.connect(re.sub(":[^:@]+@", "@", url), passfile="/nowhere")
+    assert sql(url, "SHOW unix_socket_directories") == [("",)]
     assert running.folder.joinpath(".postgres").stat().st_mode & 0o077 == 0
 
 
@@ -128,7 +129,7 @@ def test_after_sigkill_it_waits_for_the_old_server_and_starts_again_with_all_vot
 
 
 def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_nothing_running(used_project):
-    ended = make(used_project, "run", PORT=str(free_port()), GUNICORN_CMD_ARGS="--pid=/nowhere/pid")
+    ended = make(used_project, "run", PORT=str(free_port()), GUNICORN_CMD_ARGS="--pid=nowhere/pid")
     assert ended.returncode != 0
     assert "The service did not start" in ended.stderr
     assert "local/" not in ended.stderr
@@ -275,7 +276,7 @@ def test_the_environment_wins_over_dotenv(project, empty_database):
     [
         lambda path: path.write_bytes("PORT=8000\n".encode("utf-16")),
         os.mkfifo,
-        lambda path: path.symlink_to("/nowhere"),
+        lambda path: path.symlink_to("nowhere"),
     ],
     ids=["UTF-16", "pipe", "link to nowhere"],
 )

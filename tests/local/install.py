@@ -32,7 +32,7 @@ def main() -> None:
             for file in sys.argv[1:]:
                 if not install(ROOT, file):
                     sys.exit(f"The packages of {file} could not be installed.")
-        except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.CalledProcessError) as error:
             sys.exit(f".venv cannot be made: {error}")
         except KeyboardInterrupt:
             sys.exit(130)
@@ -41,6 +41,8 @@ def main() -> None:
 def make_environment(root: Path) -> None:
     """Make .venv in a folder, unless there is one that works."""
     if not works(root):
+        if ":" in str(root):  # which separates folders in PATH and PYTHONPATH
+            sys.exit(f"Python cannot work in a folder with a : in its name: rename {root}")
         print("Installing packages into .venv ...", file=sys.stderr)
         EnvBuilder(clear=True, symlinks=True, with_pip=True).create(root / ".venv")
         Path(root, STAMP).write_text(identity(root))

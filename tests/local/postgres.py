@@ -104,7 +104,7 @@ class LocalPostgres(Postgresql):
         settings = {
             "port": self.settings["port"],
             "listen_addresses": "127.0.0.1",
-            "unix_socket_directories": "",  # a socket's path has at most 107 bytes: too few for any folder
+            "unix_socket_directories": "",  # into Debian's folder for them, only its own user may write
             "fsync": "on" if self.durable else "off",
             **self.options,
         }

