@@ -47,17 +47,18 @@ class Nginx(Service):
         os.chmod(self.place.name, 0o755)
         command = f"{find_program('nginx')} -p . -e stderr -c nginx.conf"
         super().__init__(None, to_terminal, command, Path(self.place.name), **environment)
-        self.settings = SETTINGS.read_text()
-        replacements = {
-            "127.0.0.1:8000": f"127.0.0.1:{self.port}",
-            "127.0.0.1:8001": f"127.0.0.1:{first.port}",
-            "127.0.0.1:8002": f"127.0.0.1:{second.port}",
-            **(replace or {}),
-        }
-        for text, replacement in replacements.items():
-            assert text in self.settings, f"not in nginx.conf: {text}"
-            self.settings = self.settings.replace(text, replacement)
+        ports = {8000: self.port, 8001: first.port, 8002: second.port}  # in nginx.conf: ours
+        addresses = {f"127.0.0.1:{theirs}": f"127.0.0.1:{ours}" for theirs, ours in ports.items()}
+        self.settings = replaced(SETTINGS.read_text(), addresses | (replace or {}))
         (self.folder / "nginx.conf").write_text(self.settings)
+
+
+def replaced(settings: str, replacements: dict[str, str]) -> str:
+    """Return settings with other text in place of some, which has to be there."""
+    for text, replacement in replacements.items():
+        assert text in settings, f"not in the settings: {text}"
+        settings = settings.replace(text, replacement)
+    return settings
 
 
 def main():
