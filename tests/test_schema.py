@@ -171,7 +171,7 @@ def test_the_tally_is_exact_after_any_statements(connection):
         partial(AnyStatements, connection),
         # Others in each run, in continuous integration, too.
         settings=settings(
-            max_examples=40, stateful_step_count=30, deadline=None, database=None, derandomize=False, print_blob=True
+            max_examples=25, stateful_step_count=30, deadline=None, database=None, derandomize=False, print_blob=True
         ),
     )
 

@@ -193,7 +193,7 @@ def test_no_more_of_a_flood_is_read_than_a_vote_may_have(application, length, st
 # Anything at all: other inputs in each run; a failure tells how to have it again
 
 FUZZ = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],  # take_votes() begins anew by itself
