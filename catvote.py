@@ -738,7 +738,7 @@ SHARED_VALUES = {
 
 vote_store = VoteStore()
 tally = Reader(TALLY, fresh=0.8)  # a tally on a page is a second old at most: this leaves time to make and send it
-history = Reader(HISTORY, fresh=5)
+history = Reader(HISTORY, fresh=20)
 shared_pages = {"/": (tally, make_index), "/tally.json": (tally, make_tally_json), "/history": (history, make_history)}
 
 bottle.debug(DEVELOPMENT)
