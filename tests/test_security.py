@@ -210,10 +210,7 @@ def soup(pieces):
 def asked_for(body):
     """Return the votes that a urlencoded body asks for, by the standard library's reading of it."""
     try:
-        fields = [
-            tuple(text.encode("latin-1").decode() for text in field)
-            for field in parse_qsl(body.decode("latin-1"), keep_blank_values=True, encoding="latin-1")
-        ]
+        fields = parse_qsl(body.decode(), keep_blank_values=True)
     except UnicodeDecodeError:
         return []
     votes = [value for name, value in fields if name == "vote"]
