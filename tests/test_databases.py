@@ -66,12 +66,6 @@ def test_blanks_around_the_url_change_nothing(database, connection, serve, caplo
     check(serve(f" {database}\r\n"), connection, caplog)
 
 
-def test_without_a_url_no_other_database_is_taken(application, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="^DATABASE_URL is not set"):
-        patch.setenv("DATABASE_URL", " ")
-        application.catvote.database_url()
-
-
 def check(service, connection, caplog):
     """Cast votes at known hours, and one over HTTP; see that the service answers as ever and shows them all."""
     this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
