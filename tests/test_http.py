@@ -257,7 +257,7 @@ BAD_VOTES = {
     "urlencoded, says multipart": ([MULTIPART], b"vote=Pita"),
     "multipart, not UTF-8": ([MULTIPART], multipart(body=b"\xff")),
     "multipart, boundary without =": (["Content-Type: multipart/form-data; boundary"], multipart()),
-    "multipart, not closed": ([MULTIPART], part()),
+    "multipart, broken off in the next part": ([MULTIPART], part() + part()[:-6]),
     "multipart, unknown charset": ([MULTIPART + "; charset=nope"], multipart()),
     "part of unknown charset": ([MULTIPART], multipart(FIELD, "Content-Type: text/plain; charset=nope")),
     "part with Content-Length: zz": ([MULTIPART], multipart(FIELD, "Content-Length: zz")),
