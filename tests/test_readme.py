@@ -248,3 +248,12 @@ def test_names_in_a_diagram_exist(name):
     names = set(re.findall(r"\w+_\w+|\b[\w.]+\.(?:py|sql|tpl)\b|\w+/(?!\w)(?:\w+/)?", "\n".join(labels(name))))
     known = "\n".join([*FILES, *FILES.values()])
     assert [each for each in names if each not in known and not (ROOT / each).exists()] == []
+
+
+def test_each_test_that_the_table_of_guards_names_exists():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests/README.md").read_text()))
+    written = {
+        name for file in ROOT.glob("tests/test_*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    assert len(named) > 200
+    assert named <= written
