@@ -107,6 +107,8 @@ class Worker(gthread.ThreadWorker):
 
     def accept(self, listener):
         """Accept a visitor, who gets a thread when something comes; gunicorn gives the silent one, too, for 5 s."""
+        # The other worker, if it has fewer visitors, comes first: in gunicorn's, a thread for each has the same effect.
+        time.sleep(min(self.nr_conns, 10) * 0.00005)
         try:
             visitor, address = listener.accept()
         except BlockingIOError:  # the other worker was faster

@@ -191,6 +191,21 @@ def test_no_worker_ends_when_an_answer_breaks_off(altered):
         assert_none_ended(service, [worker])
 
 
+def test_visitors_who_come_at_the_same_moment_are_shared_by_the_workers(shared_database):
+    def visitors_of(worker):
+        return sum(connection.status == "ESTABLISHED" for connection in worker.net_connections("tcp"))
+
+    with Service(shared_database) as service:
+        first, second = workers_of(service)
+        first.suspend()
+        second.suspend()
+        with visitors(service, 40):
+            first.resume()
+            second.resume()
+            wait_until(lambda: visitors_of(first) + visitors_of(second) == 40)
+            assert min(visitors_of(first), visitors_of(second)) >= 5
+
+
 def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
     with visitors(shared_service, 1, write("GET", "/") * 14 + LAST) as (visitor,):
         answers = []
