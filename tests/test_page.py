@@ -79,6 +79,9 @@ def next_answer(page):
     with page.expect_response("**/tally.json"), page.expect_request("**/tally.json") as request:
         while not request.is_done():
             page.clock.run_for(500)
+            page.wait_for_timeout(
+                50
+            )  # else the nine seconds of the script's patience may pass before the request shows
 
 
 def count(page, cat):
