@@ -165,7 +165,7 @@ NOT_INSTALLED = "#!/bin/sh\necho \"pyenv: version '3.13' is not installed\" >&2;
 
 
 def test_another_python_is_found_where_the_plain_name_fails(shared_project, programs):
-    path = programs(python3=NOT_INSTALLED, python3_13=f'#!/bin/sh\nexec {sys.executable} "$@"')
+    path = programs(python3=NOT_INSTALLED, python3_13=f'#!/bin/sh\nexec "{sys.executable}" "$@"')
     ended = make(shared_project, "packages", PATH=path)
     assert ended.returncode == 0, ended.stderr
 
@@ -180,7 +180,7 @@ def test_another_python_is_found_where_the_plain_name_fails(shared_project, prog
     ids=["not installed", "too old", "without venv"],
 )
 def test_what_an_unusable_python_says_is_shown(program, said, shared_project, programs):
-    path = programs(python3=program.replace("{}", sys.executable))
+    path = programs(python3=program.replace("{}", f'"{sys.executable}"'))
     ended = make(shared_project, "packages", "PYTHON=python3", PATH=path)
     assert ended.returncode != 0
     assert said in ended.stderr

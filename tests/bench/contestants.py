@@ -11,7 +11,7 @@ from local import ROOT
 from local.service import Service
 
 FOLDER = Path(__file__).parent
-SAME_SERVER = f"gunicorn --config={ROOT}/gunicorn.conf.py"
+SAME_SERVER = f"gunicorn --config='{ROOT}/gunicorn.conf.py'"
 # The command of each that is not catvote itself.
 OTHERS = {
     "without database": f"{SAME_SERVER} without_database:app",
