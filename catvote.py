@@ -36,7 +36,6 @@ from bottle import Bottle, HTTPError, HTTPResponse, request, response, template
 from multipart import parse_form_data
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.errors import CheckViolation, DeadlockDetected, QueryCanceled, SerializationFailure
-from psycopg.pq import TransactionStatus
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 # What is voted on
@@ -76,7 +75,7 @@ def index():
     """The page. `?voted=CAT` adds thanks, and a tally that is read now: it has that vote, whichever worker stored it."""
     make_thanks_page = thanks_page_makers.get(request.query.voted)
     if make_thanks_page:
-        return answer_with(tally.reading(since=monotonic()).content(make_thanks_page))
+        return answer_with(tally.reading_since(monotonic()).content(make_thanks_page))
     return answer_with(tally.latest_reading().content(make_index))
 
 
@@ -100,10 +99,12 @@ def add():
 def tally_json():
     """The tally for scripts; an outdated one says so by its Age in seconds (RFC 9111, section 5.1)."""
     reading = tally.latest_reading()
-    answer = answer_with(reading.content(make_tally_json))
-    if reading.outdated:
-        answer.set_header("Age", str(int(monotonic() - reading.sent_at)))
-    return answer
+    if not reading.outdated:
+        return answer_with(reading.content(make_tally_json))
+    # Not to be kept: after a later 304 a browser would still show the Age of the answer that it kept.
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+    headers["Age"] = str(int(monotonic() - reading.sent_at))
+    return HTTPResponse(make_tally_json(reading).body, headers=headers)
 
 
 @routes.get("/history")
@@ -117,7 +118,7 @@ def healthz():
     """For a platform that asks: 200 if tally and history can be read from the database, else 503; within 4 seconds."""
     asked_at = monotonic()
     for reader in tally, history:
-        if reader.reading(since=asked_at).sent_at < asked_at:
+        if reader.reading_since(asked_at).sent_at < asked_at:
             raise Unavailable(reader.trouble)
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
@@ -221,8 +222,7 @@ class Content:
 
     def __init__(self, body: bytes, content_type: str, cache_control: str = ASK_AGAIN):
         self.body = body
-        # A body that a browser may not keep has another tag than the same body that it may.
-        self.tag = f'"{sha256(cache_control.encode() + body).hexdigest()[:16]}"'
+        self.tag = f'"{sha256(body).hexdigest()[:16]}"'
         self.cache_headers = [("ETag", self.tag), ("Cache-Control", cache_control)]
         self.headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *self.cache_headers]
 
@@ -247,9 +247,7 @@ thanks_page_makers = {cat: partial(make_index, voted=cat) for cat in CANDIDATES}
 
 def make_tally_json(reading: Reading) -> Content:
     """Return the tally for scripts."""
-    # A browser that had stored an outdated one would still see its Age after a later 304.
-    cache_control = "no-store" if reading.outdated else ASK_AGAIN
-    return Content(json.dumps(dict(reading.rows)).encode(), "application/json", cache_control)
+    return Content(json.dumps(dict(reading.rows)).encode(), "application/json")
 
 
 def make_history(reading: Reading) -> Content:
@@ -370,7 +368,7 @@ def insert_together(votes: list[str], deadline: float) -> Trouble | None:
 # Names with their schema, hours as seconds: no setting of the database, a role or the environment changes the rows.
 TALLY = "SELECT vote, votes FROM public.vote_totals"
 HISTORY = """
-    SELECT extract(epoch FROM hour)::bigint, vote, votes
+    SELECT extract(epoch FROM hour), vote, votes
     FROM public.votes_by_hour
     WHERE hour > now() - interval '720 hours' AND hour <= now()
 """
@@ -422,9 +420,9 @@ class Reader:
 
     def latest_reading(self) -> Reading:
         """Return a Reading that is fresh, or the last one, as outdated. Raises Unavailable if there is none."""
-        return self.reading(since=monotonic() - self.fresh)
+        return self.reading_since(monotonic() - self.fresh)
 
-    def reading(self, since: float) -> Reading:
+    def reading_since(self, moment: float) -> Reading:
         """Return a Reading sent at that moment or later, and fresh; or the last one, as outdated.
 
         Raises Unavailable if there is none.
@@ -433,21 +431,23 @@ class Reader:
         all within 5 seconds of a failure.
         """
         deadline = monotonic() + 1.4
-        if not self.known_reading(since) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
+        if not self.last_if_since(moment) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
             try:
-                if not self.known_reading(since):
+                if not self.last_if_since(moment):  # who had the turn before may have made it
                     self.read(deadline)
             finally:
                 self.turn.release()
         if self.last is None:
             raise Unavailable(self.trouble)
-        # A Reading that took longer than `fresh` is outdated when it arrives.
-        return self.known_reading(since=max(since, monotonic() - self.fresh)) or self.last.as_outdated
+        reading = self.last_if_since(moment)
+        if reading and monotonic() - reading.sent_at <= self.fresh:  # one that took long has grown old on its way
+            return reading
+        return self.last.as_outdated
 
-    def known_reading(self, since: float) -> Reading | None:
+    def last_if_since(self, moment: float) -> Reading | None:
         """Return the last Reading if it was sent at that moment or later."""
         reading = self.last
-        return reading if reading and reading.sent_at >= since else None
+        return reading if reading and reading.sent_at >= moment else None
 
     def failed_within(self, seconds: float) -> bool:
         """Return whether the last attempt failed, and no longer ago than that."""
@@ -488,7 +488,7 @@ def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connec
         connection.deadline, connection.cancel_patience = deadline, cancel_patience
         yield connection
         connection.last_used_at = monotonic()
-    except (psycopg.Error, ValueError) as error:  # ValueError: text in a row that cannot be decoded
+    except psycopg.Error as error:
         log_error(error)
         trouble = trouble_of(error)
         if trouble is not Trouble.REFUSED:
@@ -508,7 +508,7 @@ class Trouble(Enum):
     NOT_READY = "The database answers, but cannot do it: it is certainly not done."
 
 
-def trouble_of(error: Exception) -> Trouble:
+def trouble_of(error: psycopg.Error) -> Trouble:
     """Return what the error of a statement that was sent means for that statement."""
     if not is_undone(error):
         return Trouble.UNCERTAIN
@@ -519,15 +519,13 @@ def trouble_of(error: Exception) -> Trouble:
     return Trouble.NOT_READY
 
 
-def is_undone(error: Exception) -> bool:
+def is_undone(error: psycopg.Error) -> bool:
     """Return whether it is certain that the statement has changed nothing.
 
     After an ERROR it is. After the FATAL of a connection that ends, or no answer, nobody knows; nor after an ERROR that
     says so: a connection behind the server was lost (class 08), completion unknown (40003), internal error (class XX).
     https://www.postgresql.org/docs/current/errcodes-appendix.html
     """
-    if not isinstance(error, psycopg.Error):
-        return False
     outcome_is_unknown = (error.sqlstate or "").startswith(("08", "40003", "XX"))
     return error.diag.severity_nonlocalized == "ERROR" and not outcome_is_unknown
 
@@ -566,10 +564,7 @@ class Connection(psycopg.Connection):
     def wait(self, gen, interval=0.1, timeout=None):
         """Wait for the server's answer, which `gen`, a generator of psycopg's, reads until it is complete.
 
-        Past the deadline, ask the server to cancel the statement, and wait a little longer. There are three ends. The
-        server confirms the cancel: QueryCanceled, nothing was done. It stays silent, and the second wait is over: it may
-        still do it. It reports success: the time-out is raised all the same, since with synchronous replication a commit
-        whose wait was cancelled may be on this server only.
+        Past the deadline, ask the server to cancel the statement, and wait a little longer for what it says to that.
 
         psycopg calls this for each statement, without a `timeout`, which is ignored (checked: 3.3.9; guarded by
         tests/test_faults.py). The request to cancel ends in time since libpq 17, which psycopg[binary] brings.
@@ -577,10 +572,12 @@ class Connection(psycopg.Connection):
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
         except psycopg.OperationalError:
-            is_our_time_out = self.pgconn.transaction_status == TransactionStatus.ACTIVE  # the statement still runs
-            if is_our_time_out:
+            if not self.closed:  # else it is not late, but the connection is lost
                 self.cancel_safe(timeout=self.cancel_patience)
+                # Raises QueryCanceled if the server confirms that nothing was done, and a time-out if it stays silent.
                 super().wait(gen, timeout=self.cancel_patience)
+            # If it reports success instead, that is not certain: with synchronous replication, a commit whose wait was
+            # cancelled may be on this server only.
             raise
 
     def may_be_dead(self) -> bool:
@@ -637,8 +634,9 @@ def open_pool() -> ConnectionPool:
         kwargs={"autocommit": True, "prepare_threshold": None},
         min_size=0,
         max_size=3,
-        max_idle=UNUSED_TOO_LONG,
         max_lifetime=300,  # so that no session stays for long on a server that has become a standby
+        # While the database is away, the pool tries again at growing intervals, for this time; after that, whenever
+        # somebody asks. With its own five minutes it would be long before it finds a database that is back.
         reconnect_timeout=2,
         open=False,
     )
@@ -657,8 +655,8 @@ def connection_settings(url: str) -> str:
         "application_name": "catvote",
         "connect_timeout": "5",  # seconds
         "keepalives_idle": "20",
-        "keepalives_interval": "20",
-        # If nobody names a certificate, libpq looks for one in HOME; where it may not, it does without TLS, silently.
+        # Unless a certificate is named, libpq looks for one in HOME. Where it may not look, it connects without TLS, and
+        # says nothing.
         "sslcert": os.environ.get("PGSSLCERT", "/nonexistent"),
     }
     encoding = {"client_encoding": "UTF8"}  # whatever the database, a role or the environment say
@@ -785,7 +783,7 @@ def content_in_memory(environ: dict, path: str) -> Content | None:
     if path not in shared_pages:
         return None
     reader, make = shared_pages[path]
-    reading = reader.known_reading(since=monotonic() - reader.fresh)
+    reading = reader.last_if_since(monotonic() - reader.fresh)
     return reading and reading.contents.get(make)
 
 
