@@ -645,7 +645,7 @@ def open_pool() -> ConnectionPool:
     except RuntimeError:
         new_pool.close()
         raise
-    atexit.register(new_pool.close)
+    atexit.register(new_pool.close)  # else Python waits 5 s for each of its threads as a worker ends
     return new_pool
 
 
