@@ -76,7 +76,7 @@ def test_an_excerpt_stands_in_its_file(name, text):
 def test_names_of_functions_files_and_the_like_exist():
     texts = "\n".join(FILES.values())
     names = {name for name in re.findall(r"`([\w./-]+)`", PROSE) if not (ROOT / name).exists()}
-    others_make = {"curl", "essential-0", "www."}
+    others_make = {"curl", "www."}
     assert others_make == {name for name in names if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", texts)}
 
 
