@@ -217,14 +217,7 @@ def project():
 
 @pytest.fixture(scope="module")
 def shared_project():
-    """A copy of the project, for all tests of a module that do not change it."""
-    with copy_of_project() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def used_project():
-    """A copy of the project whose local database is there already after the first test."""
+    """A copy of the project, for all tests of a module: they change nothing there but its local database."""
     with copy_of_project() as folder:
         yield folder
 
