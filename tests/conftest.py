@@ -17,7 +17,7 @@ from faults import backends, most_at_once, sql
 from inprocess import InProcess
 from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
-from local.service import Service, free_port
+from local.service import Service
 from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
@@ -172,13 +172,6 @@ def shared_connection(shared_database):
 def take_votes(shared_connection):
     """A function that removes the votes stored since the test began, or since its last call, and returns them."""
     return lambda: [vote for (vote,) in shared_connection.execute("DELETE FROM public.votes RETURNING vote")]
-
-
-@pytest.fixture(scope="module")
-def service_without_database():
-    """The service, whose database cannot be reached."""
-    with unsurprised(Service(f"postgresql://127.0.0.1:{free_port()}/catvote")) as service:
-        yield service
 
 
 @pytest.fixture(scope="session")

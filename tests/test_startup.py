@@ -84,12 +84,9 @@ def vote_under_way(service):
 MAKE_RUN = "env --default-signal=INT make run"
 
 
-@pytest.mark.parametrize(
-    ("kill", "number"), [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)], ids=["SIGTERM", "Ctrl-C"]
-)
-def test_it_ends_once_a_vote_under_way_is_stored_and_leaves_nothing_running(kill, number, shared_project):
+def test_it_ends_once_a_vote_under_way_is_stored_and_leaves_nothing_running(shared_project):
     with Running(shared_project, MAKE_RUN) as service, vote_under_way(service) as voter:
-        kill(service.process.pid, number)
+        os.killpg(service.process.pid, signal.SIGINT)
         wait_until(lambda: "Handling signal: term" in service.log)
         voter.sendall(b"vote=Pita")
         assert b" 303 " in voter.recv(100)
