@@ -84,12 +84,13 @@ def new_database(server, template="template0"):
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture(scope="module")
-def template(server):
-    """Name of a database with the schema, to be copied."""
-    with new_database(server) as url:
-        catvote.initdb(url)
-        yield url.rpartition("/")[2]
+@cache
+def template_of(server):
+    """Return the name of a database with the schema on a server, to be copied; made once, and gone with the server."""
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE with_schema TEMPLATE template0")
+    catvote.initdb(server.url("with_schema"))
+    return "with_schema"
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def empty_database(server):
 
 
 @pytest.fixture
-def database(server, template):
+def database(server):
     """URL of a database with the schema and no votes, for one test."""
-    with new_database(server, template) as url:
+    with new_database(server, template_of(server)) as url:
         yield url
 
 
@@ -147,9 +148,9 @@ def service(database):
 
 
 @pytest.fixture(scope="module")
-def shared_database(server, template):
+def shared_database(server):
     """URL of a database for all tests of a module that do not mind each other's votes."""
-    with new_database(server, template) as url:
+    with new_database(server, template_of(server)) as url:
         yield url
 
 

@@ -123,14 +123,6 @@ def test_after_sigkill_it_waits_for_the_old_server_and_starts_again_with_all_vot
     assert nothing_runs_in(shared_project)
 
 
-def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_nothing_running(shared_project):
-    ended = make(shared_project, "run", PORT=str(free_port()), GUNICORN_CMD_ARGS="--pid=nowhere/pid")
-    assert ended.returncode != 0
-    assert "The service did not start" in ended.stderr
-    assert "local/" not in ended.stderr
-    assert nothing_runs_in(shared_project)
-
-
 def test_a_service_that_leaves_processes_behind_is_found_out():
     service = Service(None, command="sleep 60 & exec python -m http.server --bind 127.0.0.1 $PORT")
     with pytest.raises(RuntimeError, match="would not end, and were killed"), service:
