@@ -37,9 +37,9 @@ def test_variables_for_other_programs_do_no_harm(shared_project, tmp_path):
 def test_psql_is_told_all_that_the_service_makes_of_the_url_and_the_shells_variables(monkeypatch, tmp_path):
     services = tmp_path / "services"
     services.write_text("[elsewhere]\nhost=192.0.2.1\n")
-    shell = {"PGSERVICEFILE": str(services), "PGSERVICE": "elsewhere", "PGPORT": "1", "PGPASSWORD": "secret"}
-    for name, value in {**shell, "PGCLIENTENCODING": "LATIN1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PGSERVICEFILE", str(services))
+    for variable in "PGSERVICE=elsewhere", "PGPORT=1", "PGPASSWORD=secret", "PGCLIENTENCODING=LATIN1":
+        monkeypatch.setenv(*variable.split("="))
     told = Target("postgresql://user@127.0.0.1:5432/db", is_local=False).environment()
     assert (told["PGHOST"], told["PGPORT"], told["PGPASSWORD"]) == ("127.0.0.1", "5432", "secret")
     assert "PGSERVICE" not in told
