@@ -30,11 +30,9 @@ def copy_of_project() -> Iterator[Path]:
 
 def lend_packages(folder: Path) -> None:
     """Give a copy an environment that takes everything from ours, and says that it is complete."""
-    environment = folder / ".venv"
-    if not environment.exists():
-        environment.mkdir()
-        for name in "bin", "lib", "pyvenv.cfg":
-            environment.joinpath(name).symlink_to(Path(sys.prefix, name))
+    folder.joinpath(".venv").mkdir()
+    for name in "bin", "lib", "pyvenv.cfg":
+        folder.joinpath(".venv", name).symlink_to(Path(sys.prefix, name))
     folder.joinpath(STAMP).write_text(identity(folder))
     for file in "tests/local/requirements.txt", "tests/requirements.txt":
         stamp_of(folder, file).write_text(requirements(folder))

@@ -17,7 +17,7 @@ from faults import backends, most_at_once, sql
 from inprocess import InProcess
 from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
-from local.service import Service, free_port
+from local.service import Service
 from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
 from sessions import Session
@@ -84,12 +84,13 @@ def new_database(server, template="template0"):
             connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 
-@pytest.fixture(scope="module")
-def template(server):
-    """Name of a database with the schema, to be copied."""
-    with new_database(server) as url:
-        catvote.initdb(url)
-        yield url.rpartition("/")[2]
+@cache
+def template_of(server):
+    """Return the name of a database with the schema on a server, to be copied; made once, and gone with the server."""
+    with psycopg.connect(server.url(), autocommit=True) as connection:
+        connection.execute("CREATE DATABASE with_schema TEMPLATE template0")
+    catvote.initdb(server.url("with_schema"))
+    return "with_schema"
 
 
 @pytest.fixture
@@ -100,9 +101,9 @@ def empty_database(server):
 
 
 @pytest.fixture
-def database(server, template):
+def database(server):
     """URL of a database with the schema and no votes, for one test."""
-    with new_database(server, template) as url:
+    with new_database(server, template_of(server)) as url:
         yield url
 
 
@@ -147,9 +148,9 @@ def service(database):
 
 
 @pytest.fixture(scope="module")
-def shared_database(server, template):
+def shared_database(server):
     """URL of a database for all tests of a module that do not mind each other's votes."""
-    with new_database(server, template) as url:
+    with new_database(server, template_of(server)) as url:
         yield url
 
 
@@ -172,13 +173,6 @@ def shared_connection(shared_database):
 def take_votes(shared_connection):
     """A function that removes the votes stored since the test began, or since its last call, and returns them."""
     return lambda: [vote for (vote,) in shared_connection.execute("DELETE FROM public.votes RETURNING vote")]
-
-
-@pytest.fixture(scope="module")
-def service_without_database():
-    """The service, whose database cannot be reached."""
-    with unsurprised(Service(f"postgresql://127.0.0.1:{free_port()}/catvote")) as service:
-        yield service
 
 
 @pytest.fixture(scope="session")
@@ -217,14 +211,7 @@ def project():
 
 @pytest.fixture(scope="module")
 def shared_project():
-    """A copy of the project, for all tests of a module that do not change it."""
-    with copy_of_project() as folder:
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def used_project():
-    """A copy of the project whose local database is there already after the first test."""
+    """A copy of the project, for all tests of a module: they change nothing there but its local database."""
     with copy_of_project() as folder:
         yield folder
 

@@ -68,13 +68,13 @@ def shared_database(server, folder):
 @pytest.fixture(scope="module")
 def tab(browser, shared_database, folder):
     """A small tab for all tests, on the service of the copy."""
-    with Service(shared_database, folder=folder, WEB_CONCURRENCY="1") as service:
-        # 320 pixels are also 1280 enlarged to 400 %.
-        small = {"viewport": {"width": 320, "height": 800}, "is_mobile": True}
-        context = browser.new_context(base_url=service.url, reduced_motion="reduce", **small)
-        context.set_default_timeout(30_000)
-        yield context.new_page()
-        context.close()
+    # 320 pixels are also 1280 enlarged to 400 %.
+    small = {"viewport": {"width": 320, "height": 800}, "is_mobile": True, "reduced_motion": "reduce"}
+    with (
+        Service(shared_database, folder=folder, WEB_CONCURRENCY="1") as service,
+        browser.new_page(base_url=service.url, **small) as tab,
+    ):
+        yield tab
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from contextlib import ExitStack
 from shutil import which
 
 import pytest
@@ -29,17 +30,14 @@ def cast(connection, cat, number=1, age="0"):
 
 @pytest.fixture(scope="module")
 def open_tab(browser, shared_service):
-    """A function that opens a blank tab in a browser window of its own, with options of Playwright."""
-    contexts = []
+    """A function that opens a blank tab of a visitor who does not like motion, with options of Playwright."""
+    with ExitStack() as stack:
 
-    def open_tab(**options):
-        contexts.append(browser.new_context(base_url=shared_service.url, reduced_motion="reduce", **options))
-        contexts[-1].set_default_timeout(30_000)
-        return contexts[-1].new_page()
+        def open_tab(**options):
+            tab = browser.new_page(base_url=shared_service.url, reduced_motion="reduce", **options)
+            return stack.enter_context(tab)
 
-    yield open_tab
-    for context in contexts:
-        context.close()
+        yield open_tab
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +77,8 @@ def next_answer(page):
     with page.expect_response("**/tally.json"), page.expect_request("**/tally.json") as request:
         while not request.is_done():
             page.clock.run_for(500)
-            page.wait_for_timeout(
-                50
-            )  # else the nine seconds of the script's patience may pass before the request shows
+            # Else the nine seconds of the script's patience may pass before the request shows.
+            page.wait_for_timeout(50)
 
 
 def count(page, cat):
@@ -251,7 +248,7 @@ def test_an_answer_that_does_not_come_is_not_waited_for(visit):
     [({"status": 503}, "0", True), ({"headers": {"Age": "9"}}, "3", True), ({}, "3", False)],
 )
 def test_an_error_or_an_outdated_tally_interrupts_the_live_count(visit, answer, votes, interrupted):
-    page = visit()
+    page = visit("/?voted=Pita")  # has no tally of an earlier test, as another page may for a second
     tally = {"Dog": 7, "Gummi": 3}  # a cat that the page does not know, and one less than it does
     page.route("**/tally.json", lambda route: route.fulfill(json=tally, **answer))
     next_answer(page)
@@ -329,15 +326,6 @@ def assert_goes_on(page, step):
     expect(button(page, "Pita")).to_be_visible()
 
 
-def test_an_unknown_cat_is_refused_with_a_way_back(visit):
-    page = visit()
-    page.evaluate("document.querySelector('[value=Pita]').value = 'Dog'")
-    button(page, "Pita").click()
-    expect(page.get_by_role("heading")).to_have_text("That vote did not work")
-    expect(page.get_by_role("main")).to_contain_text("no vote was counted")
-    assert_goes_on(page, "Back to the vote")
-
-
 def test_an_unknown_page_leads_to_the_cats(visit):
     page = visit("/no-such-page")
     expect(page.get_by_role("heading")).to_have_text("There is no such page")
@@ -359,12 +347,6 @@ def test_a_vote_that_failed_says_whether_to_cast_it_again(visit, application, mo
     button(page, "Pita").click()
     expect(page.get_by_role("main")).to_contain_text(told)
     assert_goes_on(page, step)
-
-
-def test_a_page_that_cannot_be_made_says_when_to_come_again(visit, serve, empty_database):
-    page = visit(service=serve(empty_database))
-    expect(page.get_by_role("main")).to_contain_text("Something is wrong with our database.")
-    expect(page.get_by_role("link", name="Try again in a few seconds")).to_be_visible()
 
 
 # What a page costs, and for whom it works
@@ -395,6 +377,7 @@ def test_nothing_moves_by_itself(open_tab):
         moves = [];
         new PerformanceObserver((list) => moves.push(...list.getEntries().map((move) => move.value)))
             .observe({ type: "layout-shift", buffered: true });
+        document.addEventListener("transitionrun", () => moves.push("transition"));
     """)
     for path in PAGES:
         page.goto(path)
@@ -407,16 +390,6 @@ def test_nothing_moves_by_itself(open_tab):
     expect(notice(page)).to_be_visible()
     page.wait_for_timeout(500)
     assert page.evaluate("moves") == []
-
-
-def test_the_bar_does_not_move_for_those_who_do_not_like_motion(visit):
-    page = visit()
-    page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": 1, "Pita": 99}))
-    page.evaluate("moved = false; document.addEventListener('transitionrun', () => { moved = true })")
-    next_answer(page)
-    expect(count(page, "Pita")).to_have_text("99")
-    page.wait_for_timeout(300)
-    assert not page.evaluate("moved")
 
 
 def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_service):
