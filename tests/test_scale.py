@@ -279,9 +279,8 @@ def test_a_machine_may_be_taken_out_and_a_slow_visitor_holds_that_up_for_so_long
             assert {vote(nginx).status for _ in range(4)} == {303}
 
 
-@pytest.mark.alone
 def test_slow_visitors_by_the_hundred_hold_up_nobody_and_are_sent_away(shared_service):
-    patience = {f"client_{part}_timeout 10s": f"client_{part}_timeout 3s" for part in ("header", "body")}
+    patience = {f"client_{part}_timeout 10s": f"client_{part}_timeout 5s" for part in ("header", "body")}
     nginx = nginx_before(shared_service, replace={"worker_processes auto": "worker_processes 1", **patience})
     nginx.command = f"sh -c 'ulimit -Sn 500; exec {nginx.command}'"
     with nginx, ExitStack() as stack:
@@ -440,10 +439,3 @@ def test_a_vote_is_acknowledged_when_the_standby_has_it_too_and_is_there_after_p
             sql(standby.url(), guide("promote"))
             load.go_on(votes=20)
         verify(load, service)
-
-
-def test_a_host_that_never_answers_is_passed_over(database):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        url = database.replace("@", f"@127.0.0.1:{silent.getsockname()[1]},")
-        with Service(url, WEB_CONCURRENCY="1") as service:
-            wait_until(lambda: vote(service).status == 303)

@@ -41,7 +41,6 @@ COMMENT ON TABLE public.ballots IS 'The rows, spread over the nodes by slot; to 
 COMMENT ON COLUMN public.ballots.slot IS 'Server process or row_id, modulo 32; decides on the node.';
 COMMENT ON TABLE public.tally IS 'Counters beside the rows they count, for vote_totals and votes_by_hour.';
 COMMENT ON COLUMN public.tally.hour IS 'The first instant of an hour of UTC; -infinity: the total; infinity: rows of no hour.';
-COMMENT ON COLUMN public.tally.votes IS 'Number of rows with this hour, cat and slot.';
 
 -- A cat without votes has its row in vote_totals all the same.
 INSERT INTO public.tally (hour, vote, slot, votes)
@@ -67,9 +66,6 @@ SELECT row_id, date_created, vote, slot
 FROM public.read_votes();
 COMMENT ON VIEW public.votes IS 'One row for each click on a cat. To count very many, ask ballots: then the nodes count.';
 COMMENT ON COLUMN public.votes.row_id IS 'Unique where set by itself; each node has numbers of its own.';
-COMMENT ON COLUMN public.votes.date_created IS 'When the vote was stored; set by itself, once for a statement.';
-COMMENT ON COLUMN public.votes.vote IS 'The cat; constraint votes_vote_is_a_cat knows them all.';
-COMMENT ON COLUMN public.votes.slot IS 'Decides on the node; set by itself.';
 
 -- Adds 1 or -1 to the total, under the hour -infinity, and to the hour.
 CREATE OR REPLACE FUNCTION public.count_vote(vote text, date_created timestamptz, slot int, delta int) RETURNS void
@@ -121,8 +117,6 @@ BEGIN
     RETURN OLD;
 END
 $$;
-COMMENT ON FUNCTION public.change_vote() IS 'Does to ballots and tally what a statement does to a row of votes.';
-
 -- Else any role could tie it to a table of its own and forge votes.
 REVOKE EXECUTE ON FUNCTION public.change_vote() FROM PUBLIC;
 
@@ -209,7 +203,6 @@ BEGIN
     ON CONFLICT (hour, vote, slot) DO UPDATE SET votes = counter.votes + EXCLUDED.votes;
 END
 $$;
-COMMENT ON FUNCTION public.recount_votes() IS 'Counts all votes anew, after rows went past votes; nobody waits for it.';
 
 COMMIT;
 
