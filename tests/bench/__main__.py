@@ -14,7 +14,7 @@ from shutil import which
 from local.postgres import LocalPostgres
 from local.processes import as_command
 
-from bench.contestants import OTHERS, catvote, other, save_template
+from bench.contestants import OTHERS, catvote, other, save_pages
 from bench.loads import ROWS, measures
 from bench.report import print_tables
 
@@ -28,7 +28,7 @@ def main():
         pages = stack.enter_context(tempfile.TemporaryDirectory())
         postgres = stack.enter_context(LocalPostgres(durable=True))
         contestants = {"catvote": stack.enter_context(catvote(postgres, "catvote", options.votes))}
-        save_template(contestants["catvote"], pages)
+        save_pages(contestants["catvote"], pages)
         if "beside" in options.only:
             theirs = catvote(postgres, "beside", options.votes, options.beside.resolve())
             contestants["beside"] = stack.enter_context(theirs)

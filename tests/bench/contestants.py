@@ -11,9 +11,11 @@ from local import ROOT
 from local.service import Service
 
 FOLDER = Path(__file__).parent
+SAME_SERVER = f"gunicorn --config='{ROOT}/gunicorn.conf.py'"
 # The command of each that is not catvote itself.
 OTHERS = {
-    "without database": f"gunicorn --config='{ROOT}/gunicorn.conf.py' without_database:app",
+    "without database": f"{SAME_SERVER} without_database:app",
+    "bare Bottle": f"{SAME_SERVER} bare_bottle:app",
     "the Flask way": "gunicorn flask_way:app",
     "the async way": "uvicorn --no-access-log --port=$PORT async_way:app",
 }
@@ -39,19 +41,22 @@ def catvote(postgres, name, votes=None, folder=ROOT):
 
 
 def other(postgres, name, way, pages, votes=None):
-    """Return one of OTHERS, which shows the template in that folder, with so many votes stored."""
+    """Return one of OTHERS, which shows the pages in that folder, with so many votes stored."""
     # PYTHONPATH is for gunicorn.conf.py, and for who takes a part of catvote.
     options = {"command": OTHERS[way], "folder": FOLDER, "PYTHONPATH": str(ROOT), "PAGES": str(pages)}
     return Contestant(postgres, name, VOTE_TABLE, "vote", votes or 0, **options)
 
 
-def save_template(contestant, pages):
-    """Save catvote's page into a folder, for the others, as a template with places for the counts."""
+def save_pages(contestant, pages):
+    """Save what catvote shows into a folder, for the others; its page also as a template with places for the counts."""
     page = contestant.get("/")
     template, places = re.subn(r'(data-votes="(\w+)"[^>]*>)[\d,]+', r'\1{{ votes["\2"] }}', page)
     if places != 2:
         raise RuntimeError(f"catvote's page has {places} counts in place of two: {page}")
-    Path(pages, "template.html").write_text(template)
+    texts = {"page.html": page, "template.html": template}
+    texts |= {"tally.json": contestant.get("/tally.json"), "history.html": contestant.get("/history")}
+    for name, text in texts.items():
+        Path(pages, name).write_text(text)
 
 
 class Contestant(Service):

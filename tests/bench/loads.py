@@ -19,6 +19,7 @@ CONNECTIONS = 16
 POOLED = 6  # of pgbench: as many as catvote's two workers may have
 
 THREE_WAYS = ["catvote", "the Flask way", "the async way"]
+FOUR_WAYS = [*THREE_WAYS, "bare Bottle"]
 
 
 def loads(*files):
@@ -26,12 +27,12 @@ def loads(*files):
     visit = ["GET /", *[f"GET {file}" for file in files]]
     visit += ["POST /add", "GET /?voted=Pita", *["POLL /tally.json"] * 10]
     return {
-        "GET /": (["GET /"], [*THREE_WAYS, "beside"]),
+        "GET /": (["GET /"], [*FOUR_WAYS, "beside"]),
         "GET /?voted=Pita": (["GET /?voted=Pita"], [*THREE_WAYS, "beside"]),
-        "GET /tally.json": (["GET /tally.json"], [*THREE_WAYS, "beside"]),
+        "GET /tally.json": (["GET /tally.json"], [*FOUR_WAYS, "beside"]),
         "GET /tally.json, with its tag": (["POLL /tally.json"], THREE_WAYS),
-        "GET /history": (["GET /history"], ["catvote", "beside"]),
-        "POST /add": (["POST /add"], [*THREE_WAYS, "without database", "beside"]),
+        "GET /history": (["GET /history"], ["catvote", "bare Bottle", "beside"]),
+        "POST /add": (["POST /add"], [*FOUR_WAYS, "without database", "beside"]),
         "a visit": (visit, [*THREE_WAYS, "beside"]),
     }
 
