@@ -110,13 +110,16 @@ def tally_json():
 
 @routes.get("/history")
 def history_page():
-    """Votes in each of the last 48 hours and 30 days, in UTC; if outdated, as of when it was made."""
+    """Votes in each of the last 48 hours and 30 days, in UTC. While the database is away, the hours stand still."""
     return answer_with(history.latest_reading().content(make_history))
 
 
 @routes.get("/healthz")
 def healthz():
-    """For a platform that asks: 200 if tally and history can be read from the database, else 503; within 4 seconds."""
+    """For a platform that asks: 200 if tally and history can be read from the database now, else 503; within 4 seconds.
+
+    It is a 503, too, if another visitor's reading, which it waits for, takes too long.
+    """
     asked_at = monotonic()
     for reader in tally, history:
         if reader.reading_since(asked_at).sent_at < asked_at:
@@ -388,7 +391,7 @@ class Reading:
     """The rows that a statement returned, and the contents made of them.
 
     sent_at -- time.monotonic() when the statement was sent: the rows have every vote that was committed before
-    outdated -- whether it is older than was asked for; the page says so
+    outdated -- whether it was too old when it was handed out; the page says so
     """
 
     rows: list[tuple]
@@ -406,7 +409,7 @@ class Reading:
 
     @cached_property
     def as_outdated(self) -> Reading:
-        """The same rows for a visitor who asked for newer ones."""
+        """The same rows again, for contents that say that they are outdated. It is made once, so those are kept, too."""
         return Reading(self.rows, self.sent_at, outdated=True)
 
 
@@ -436,8 +439,8 @@ class Reader:
 
         Raises Unavailable if there is none.
 
-        The visitor who reads is held for 1.7 seconds at most. Others wait for that one for 0.8 seconds at most, or not at
-        all within 5 seconds of a failure.
+        The visitor who reads is held for 1.7 seconds at most: 1.4, the wait for the turn included, and twice 0.15 for a
+        cancel (see `read`). Others wait for the turn for 0.8 seconds at most, or not at all within 5 seconds of a failure.
         """
         deadline = monotonic() + 1.4
         if not self.last_if_since(moment) and self.turn.acquire(timeout=0 if self.failed_within(5) else 0.8):
@@ -449,7 +452,8 @@ class Reader:
         if self.last is None:
             raise Unavailable(self.trouble)
         reading = self.last_if_since(moment)
-        if reading and monotonic() - reading.sent_at <= self.fresh:  # a statement may take longer than that
+        # A statement that took longer than `fresh` was sent in time, but what it read is outdated, too.
+        if reading and monotonic() - reading.sent_at <= self.fresh:
             return reading
         return self.last.as_outdated
 
@@ -511,7 +515,7 @@ def connection_until(deadline: float, cancel_patience: float) -> Iterator[Connec
 class Trouble(Enum):
     """What became of a statement that failed. The values explain the names; views/error.tpl has words for visitors."""
 
-    NOT_IN_TIME = "It was not sent in time, or was late and is cancelled: it is certainly not done."
+    NOT_IN_TIME = "It was not sent, or was late and is cancelled: it is certainly not done."
     UNCERTAIN = "It may have been sent, and no clear answer came: it may have been done."
     REFUSED = "It breaks a check constraint of the schema: it is certainly not done."
     NOT_READY = "The database answers, but cannot do it: it is certainly not done."
@@ -561,7 +565,10 @@ class Connection(psycopg.Connection):
         self.last_used_at = monotonic()
 
     def execute(self, *arguments, **options) -> psycopg.Cursor:
-        """Run a statement; again if the server undid it because of another one at the same time."""
+        """Run a statement; again if the server undid it because of another one at the same time.
+
+        That happens if the database's default isolation is a strict one, and two connections share a slot of the tally.
+        """
         while True:
             try:
                 return super().execute(*arguments, **options)
@@ -581,13 +588,14 @@ class Connection(psycopg.Connection):
         try:
             return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
         except psycopg.OperationalError:
-            # Else nothing is under way: the connection is lost, or the server has answered in time, by an error.
-            if self.info.transaction_status is TransactionStatus.ACTIVE:
-                self.cancel_safe(timeout=self.cancel_patience)
-                # Raises QueryCanceled if the server confirms that nothing was done, and a time-out if it stays silent.
-                super().wait(gen, timeout=self.cancel_patience)
-            # If it reports success instead, that is not certain: with synchronous replication, a commit whose wait was
-            # cancelled may be on this server only.
+            if self.info.transaction_status is not TransactionStatus.ACTIVE:
+                raise  # nothing is under way: the connection is lost, or the server has answered by an error
+            # The statement is late. Each of these two raises a time-out if the server stays silent; the second raises
+            # QueryCanceled if the server confirms that nothing was done.
+            self.cancel_safe(timeout=self.cancel_patience)
+            super().wait(gen, timeout=self.cancel_patience)
+            # It reports success instead. That is not certain: with synchronous replication, a commit whose wait was
+            # cancelled may be on this server only. So the first time-out stands, which means Trouble.UNCERTAIN.
             raise
 
     def may_be_dead(self) -> bool:
@@ -785,7 +793,7 @@ def app(environ, start_response):
 
 
 def content_in_memory(environ: dict, path: str) -> Content | None:
-    """Return the content asked for if it is there, and fresh. The way through Bottle costs a quarter of a page's CPU."""
+    """Return the content asked for if it is there, and fresh. Bottle's way costs a quarter more CPU, all in all."""
     if environ["REQUEST_METHOD"] != "GET":
         return None
     query = environ.get("QUERY_STRING")
