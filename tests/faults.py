@@ -29,6 +29,17 @@ def backends(url, condition="true"):
     return [pid for (pid,) in sql(url, statement)]
 
 
+def at_each_vote(url, statements):
+    """Have that database run these statements of PL/pgSQL when it has stored votes, before it commits them."""
+    sql(
+        url,
+        f"""
+        CREATE FUNCTION at_each_vote() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN {statements}; RETURN NULL; END $$;
+        CREATE TRIGGER at_each_vote AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION at_each_vote();
+        """,
+    )
+
+
 def end_sessions(url):
     """End the service's sessions in that database, so that it has to begin new ones."""
     for pid in backends(url):

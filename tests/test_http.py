@@ -1,15 +1,11 @@
 """What the service answers: pages, votes, files, what browsers keep, and how old a tally may be."""
 
-import json
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from threading import Lock
 from wsgiref.util import setup_testing_defaults
 
 import bottle
@@ -21,13 +17,6 @@ from faults import backends, end_sessions
 from local import ROOT
 from local.processes import wait_until
 from local.service import Service, free_port
-
-
-@pytest.fixture
-def cut_off(serve):
-    """The application, in this process, whose database cannot be reached."""
-    return serve(f"postgresql://127.0.0.1:{free_port()}/catvote")
-
 
 # Pages
 
@@ -41,15 +30,12 @@ def test_the_page_shows_the_votes_and_is_always_asked_for_again(application, sha
     assert answer.headers["Cache-Control"] == "no-cache"
 
 
-def test_a_voter_is_thanked(application):
-    assert re.search('role="status".*Pita', get(application, "/?voted=Pita").text)
-
-
-@pytest.mark.parametrize("target", ["/", "/?voted=", "/?voted=Garfield", "/?voted=%FF"])
-def test_nobody_else_is_thanked(application, target):
-    answer = get(application, target)
+@pytest.mark.parametrize(("voted", "thanked"), [("Pita", True), ("Garfield", False), ("", False)])
+def test_who_has_voted_for_a_known_cat_is_thanked_and_nobody_else(application, voted, thanked):
+    answer = get(application, f"/?voted={voted}")
     assert answer.status == 200
-    assert 'role="status"' not in answer.text
+    assert bool(re.search('role="status".*Pita', answer.text)) == thanked
+    assert ('role="status"' in answer.text) == thanked
 
 
 def test_tally_json_is_the_tally(application, shared_connection):
@@ -60,12 +46,11 @@ def test_tally_json_is_the_tally(application, shared_connection):
     assert answer.headers["Age"] is None
 
 
-@pytest.mark.parametrize(("method", "status"), [("GET", 503), ("POST", 405)])
-def test_errors_of_tally_json_are_json(cut_off, method, status):
-    answer = ask(cut_off, method, "/tally.json")
-    assert answer.status == status
+def test_errors_of_tally_json_are_json(application):
+    answer = ask(application, "POST", "/tally.json")
+    assert answer.status == 405
     assert answer.headers["Content-Type"] == "application/json"
-    assert str(status) in json.loads(answer.text)["error"]
+    assert answer.text == '{"error": "405 Method Not Allowed"}'
 
 
 def test_healthz_is_ok_while_tally_and_history_can_be_read(application):
@@ -74,23 +59,18 @@ def test_healthz_is_ok_while_tally_and_history_can_be_read(application):
     assert answer.headers["Cache-Control"] == "no-store"
 
 
-@pytest.mark.parametrize("target", ["/healthz", "/", "/?voted=Pita", "/history"])
-def test_without_a_database_the_answer_is_503(cut_off, target):
+def test_without_a_database_the_answer_is_503(serve, caplog):
+    application = serve(f"postgresql://127.0.0.1:{free_port()}/catvote")
     with ThreadPoolExecutor(2) as visitors:  # one tries to read, one waits for that
-        for answer in visitors.map(lambda _: get(cut_off, target), range(2)):
+        for answer in visitors.map(lambda _: get(application, "/"), range(2)):
             assert answer.status == 503
             assert "Our database does not answer" in answer.text
             assert "your vote was not counted" not in answer.text  # whoever only looks has cast none
             assert int(answer.headers["Retry-After"]) > 0
+    assert "the database is away, or connecting to it takes longer" in caplog.text
 
 
-def test_without_a_database_a_voter_is_told_that_the_vote_was_not_counted(cut_off):
-    assert vote(cut_off).not_counted
-
-
-@pytest.mark.parametrize(
-    "target", ["/nope", "/add/", "/static/", "/static/../catvote.py", "/static/nope?v=1", "/%FF", "/tally.json%FF"]
-)
+@pytest.mark.parametrize("target", ["/static/../catvote.py", "/static/nope?v=1", "/%FF"])
 def test_an_unknown_address_is_404(application, target):
     assert get(application, target).status == 404
 
@@ -125,7 +105,7 @@ def test_a_server_may_leave_out_an_empty_path(application):
 # What browsers keep
 
 
-@pytest.mark.parametrize("target", ["/", "/?voted=Pita", "/tally.json", "/history", "/static/pita.svg"])
+@pytest.mark.parametrize("target", ["/", "/?voted=Pita", "/tally.json", "/history", "/static/pita.svg?v=0"])
 def test_who_has_the_latest_gets_304(application, target):
     first = get(application, target)
     tag = first.headers["ETag"]
@@ -136,15 +116,6 @@ def test_who_has_the_latest_gets_304(application, target):
         assert answer.headers["ETag"] == tag
         assert answer.headers["Cache-Control"] == first.headers["Cache-Control"] == "no-cache"
     assert get(application, target, 'If-None-Match: "other"').status == 200
-
-
-def test_who_has_an_older_tally_gets_the_new_one(application):
-    old = get(application, "/tally.json")
-    vote(application)
-    get(application, "/?voted=Pita")
-    new = get(application, "/tally.json", "If-None-Match: " + old.headers["ETag"])
-    assert new.status == 200
-    assert new.body != old.body
 
 
 def links(page):
@@ -161,41 +132,28 @@ def test_the_page_names_static_files_by_their_present_version_which_is_kept_for_
         assert answer.headers["Cache-Control"] == "max-age=31536000, immutable"
 
 
-@pytest.mark.parametrize("query", ["", "?v=", "?v=0", "?w=1"])
-def test_static_files_by_another_version_are_always_asked_for_again(application, query):
-    answer = get(application, "/static/pita.svg" + query)
-    assert answer.headers["Cache-Control"] == "no-cache"
-    assert answer.headers["Content-Type"] == "image/svg+xml"
-    assert answer.body == (ROOT / "static/pita.svg").read_bytes()
-
-
 @pytest.fixture(scope="module")
 def changed_service(shared_database, tmp_path_factory):
-    """The service of a copy of the project, with another picture of an odd name, and a folder in static/."""
+    """The service of a copy of the project, with another picture: in a folder, of an odd name, and of no known type."""
     copy = tmp_path_factory.mktemp("copy") / "catvote"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "tests"))
     (copy / "static/donuts").mkdir()
-    (copy / "static/donuts/żółw #1.svg").write_text("<svg/>")
-    (copy / "static/recipe").write_text("sugar")
+    (copy / "static/donuts/żółw #1").write_text("<svg/>")
     module = (copy / "catvote.py").read_text()
-    (copy / "catvote.py").write_text(module.replace('"pita.svg"', '"donuts/żółw #1.svg"'))
+    (copy / "catvote.py").write_text(module.replace('"pita.svg"', '"donuts/żółw #1"'))
     with unsurprised(Service(shared_database, folder=copy, WEB_CONCURRENCY="1")) as service:
         yield service
 
 
 def test_a_static_file_may_have_any_name_and_lie_in_a_folder(changed_service):
     (name,) = [name for name in links(get(changed_service, "/")) if "donuts" in name]
-    assert (get(changed_service, name).status, get(changed_service, name).text) == (200, "<svg/>")
-
-
-def test_a_static_file_may_be_of_an_unknown_type(changed_service):
-    assert get(changed_service, "/static/recipe").headers["Content-Type"] == "application/octet-stream"
+    answer = get(changed_service, name)
+    assert (answer.status, answer.text) == (200, "<svg/>")
+    assert answer.headers["Content-Type"] == "application/octet-stream"
 
 
 def test_the_version_of_static_files_changes_with_their_content(application, changed_service):
-    versions = [{name.partition("?")[2] for name in links(get(each, "/"))} for each in (application, changed_service)]
-    assert [len(each) for each in versions] == [1, 1]
-    assert versions[0] != versions[1]
+    assert not links(get(application, "/")) & links(get(changed_service, "/"))
 
 
 def test_hidden_files_are_no_static_files(application, tmp_path):
@@ -208,28 +166,15 @@ def test_hidden_files_are_no_static_files(application, tmp_path):
 # Votes
 
 MULTIPART = "Content-Type: multipart/form-data; boundary=icing"
-FIELD = 'Content-Disposition: form-data; name="vote"'
-
-
-def part(*headers, body=b"Pita"):
-    """Return one part of a multipart body: the field `vote` unless `headers` say otherwise."""
-    return "\r\n".join(["--icing", *(headers or [FIELD]), "", ""]).encode("latin-1") + body + b"\r\n"
-
-
-def multipart(*headers, body=b"Pita"):
-    """Return a multipart body with this one part."""
-    return part(*headers, body=body) + b"--icing--\r\n"
-
+CHUNKED = "Transfer-Encoding: chunked"
+PART = b'--icing\r\nContent-Disposition: form-data; name="vote"\r\n\r\nPita\r\n'
+END = b"--icing--\r\n"
 
 GOOD_VOTES = {
-    "urlencoded": ([FORM], b"vote=Pita"),
-    "URLENCODED": (["Content-Type: APPLICATION/X-WWW-FORM-URLENCODED"], b"vote=Pita"),
     "among other fields": ([FORM], "a=ä&&b&vote=Pita&c=%C3%A4".encode()),
     "as long as it may be": ([FORM], b"vote=Pita&a=".ljust(4096, b"a")),
-    "multipart": ([MULTIPART], multipart()),
-    "MULTIPART": (["Content-Type: MULTIPART/FORM-DATA; BOUNDARY=icing"], multipart()),
-    "chunked": ([FORM, "Transfer-Encoding: chunked"], chunked(b"vote=Pita")),
-    "chunked multipart": ([MULTIPART, "Transfer-Encoding: Chunked"], chunked(multipart())),
+    "multipart": ([MULTIPART], PART + END),
+    "chunked": ([FORM, CHUNKED], chunked(b"vote=Pita")),
 }
 
 
@@ -244,26 +189,12 @@ def test_a_vote_is_stored_once_and_answered_with_303_to_the_page(shared_service,
 
 BAD_VOTES = {
     "unknown cat": ([FORM], b"vote=Garfield"),
-    "missing": ([FORM], b"cat=Pita"),
-    "empty": ([FORM], b"vote="),
-    "no body": ([FORM], b""),
-    "two votes": ([FORM], b"vote=Pita&vote=Gummi"),
-    "the same vote twice": ([FORM], b"vote=Pita&vote=Pita"),
-    "NUL": ([FORM], b"vote=%00"),
+    "none": ([FORM], b"cat=Pita"),
+    "two": ([FORM], b"vote=Pita&vote=Gummi"),
     "not UTF-8": ([FORM], b"vote=%FF"),
-    "no type": ([], b"vote=Pita"),
-    "JSON": (["Content-Type: application/json"], b'{"vote": "Pita"}'),
-    "type not UTF-8": (["Content-Type: \xff"], b"vote=Pita"),
-    "urlencoded, says multipart": ([MULTIPART], b"vote=Pita"),
-    "multipart, not UTF-8": ([MULTIPART], multipart(body=b"\xff")),
-    "multipart, boundary without =": (["Content-Type: multipart/form-data; boundary"], multipart()),
-    "multipart, broken off in the next part": ([MULTIPART], part() + part()[:-6]),
-    "multipart, unknown charset": ([MULTIPART + "; charset=nope"], multipart()),
-    "part of unknown charset": ([MULTIPART], multipart(FIELD, "Content-Type: text/plain; charset=nope")),
-    "part with Content-Length: zz": ([MULTIPART], multipart(FIELD, "Content-Length: zz")),
-    "file instead of field": ([MULTIPART], multipart(FIELD + '; filename="pita.svg"')),
-    "chunked, broken off": ([FORM, "Transfer-Encoding: chunked"], b"9\r\nvote=Pita\r\n"),
-    "chunked, size is no number": ([FORM, "Transfer-Encoding: chunked"], b"z\r\nvote=Pita\r\n0\r\n\r\n"),
+    "multipart, broken off in the next part": ([MULTIPART], PART + PART[:-6]),
+    "multipart, unknown charset": ([MULTIPART + "; charset=nope"], PART + END),
+    "chunked, broken off": ([FORM, CHUNKED], b"9\r\nvote=Pita\r\n"),
     "shorter than its Content-Length": ([FORM, "Content-Length: 10"], b"vote=Pita"),
 }
 
@@ -271,11 +202,6 @@ BAD_VOTES = {
 @pytest.mark.parametrize(("headers", "body"), BAD_VOTES.values(), ids=BAD_VOTES)
 def test_a_bad_vote_is_400_and_not_stored(shared_service, take_votes, headers, body):
     assert ask(shared_service, "POST", "/add", *headers, body=body).status == 400
-    assert take_votes() == []
-
-
-def test_a_vote_in_the_address_is_400_and_not_stored(shared_service, take_votes):
-    assert ask(shared_service, "POST", "/add?vote=Pita", FORM, body=b"a=b").status == 400
     assert take_votes() == []
 
 
@@ -325,25 +251,27 @@ def test_whatever_goes_wrong_every_voter_hears_of_it(application, shared_databas
     assert vote(application).status == 303
 
 
-@pytest.mark.alone
-def test_votes_wait_for_a_turn_for_a_while_and_hardly_after_one_has_failed(application, shared_database):
+def test_votes_wait_for_a_turn_for_a_while_and_hardly_after_one_has_failed(application, shared_database, take_votes):
     started_at = time.monotonic()
-    with votes_held_up(application, shared_database, ["Pita"] * 5) as (_, answers):
-        assert all(answer.result().not_counted for answer in answers)
-        assert time.monotonic() - started_at < 3  # no second statement was tried meanwhile
-    with psycopg.connect(shared_database) as lock, ThreadPoolExecutor(1) as voters:
-        lock.execute("LOCK TABLE votes")
+    with (
+        votes_held_up(application, shared_database, ["Pita"] * 5) as (lock, answers),
+        ThreadPoolExecutor(1) as voters,
+    ):
+        for answer in answers:
+            assert "Our database does not answer: your vote was not counted" in answer.result().text
+        assert time.monotonic() - started_at < 3.5  # no second statement was tried meanwhile
         first = voters.submit(vote, application)
         wait_until(application.catvote.vote_store.turn.locked)
         started_at = time.monotonic()
         assert vote(application).not_counted
-        assert time.monotonic() - started_at < 1
-        assert "Our database does not answer: your vote was not counted" in first.result().text
-    assert vote(application).status == 303
+        assert time.monotonic() - started_at < 1.4
+        lock.rollback()
+        assert first.result().status == 303
     with votes_held_up(application, shared_database, ["Pita"] * 2) as (lock, answers):
         time.sleep(0.5)
         lock.rollback()
     assert [answer.result().status for answer in answers] == [303, 303]
+    assert take_votes() == ["Pita"] * 3  # those that were not counted are not stored later either
 
 
 # Fresh enough, and honest
@@ -355,29 +283,11 @@ def test_a_voter_sees_votes_that_another_worker_has_stored(application, shared_c
     assert get(application, "/?voted=Pita").votes["Pita"] == 1
 
 
-def test_of_many_voters_each_sees_all_votes_acknowledged_before(shared_service, shared_connection):
-    acknowledged, lock = Counter(), Lock()
-
-    def vote_and_look(number):
-        cat = ["Gummi", "Pita"][number % 2]
-        answer = vote(shared_service, body=f"vote={cat}".encode())
-        with lock:
-            acknowledged[cat] += 1
-            least = acknowledged.copy()
-        shown = get(shared_service, answer.headers["Location"]).votes
-        return all(shown[cat] >= least[cat] for cat in least)
-
-    with ThreadPoolExecutor(16) as voters:
-        assert all(voters.map(vote_and_look, range(200)))
-    assert acknowledged == get(shared_service, "/?voted=Pita").votes
-
-
-@pytest.mark.parametrize("target", ["/", "/tally.json"])
-def test_no_tally_is_older_than_a_second(application, shared_connection, target):
-    before = get(application, target).body
+def test_no_tally_is_older_than_a_second(application, shared_connection):
+    assert get(application, "/").votes["Pita"] == 0
     shared_connection.execute("INSERT INTO votes (vote) VALUES ('Pita')")
     time.sleep(1)
-    assert get(application, target).body != before
+    assert get(application, "/").votes["Pita"] == 1
 
 
 @pytest.fixture
@@ -390,14 +300,10 @@ def readings(application, monkeypatch):
     return moments
 
 
-MANY = {"page": "/", "tally": "/tally.json", "no cat": "/?voted=Garfield", "another parameter": "/?utm_source={}"}
-
-
-@pytest.mark.parametrize("target", MANY.values(), ids=MANY)
-def test_more_visitors_do_not_read_the_database_more_often(application, readings, target):
+def test_more_visitors_do_not_read_the_database_more_often(application, readings):
     started_at = time.monotonic()
     with ThreadPoolExecutor(8) as visitors:
-        answers = list(visitors.map(lambda number: get(application, target.format(number)), range(200)))
+        answers = list(visitors.map(lambda number: get(application, f"/?utm_source={number}"), range(200)))
     assert {answer.status for answer in answers} == {200}
     assert len({answer.body for answer in answers}) == 1
     assert 1 <= len(readings) <= 1 + (time.monotonic() - started_at) / 0.8
@@ -458,8 +364,8 @@ def test_while_a_reading_hangs_one_visitor_waits_and_the_others_get_the_last_one
     assert get(application, "/healthz").status == 200
     with psycopg.connect(shared_database) as connection, ThreadPoolExecutor(10) as visitors:
         connection.execute("LOCK TABLE tally")
+        time.sleep(1)
         for others_wait in 1, 0.4:  # as long as they do not know that an attempt has failed, and then
-            time.sleep(1)
             seconds = []
 
             def visit(_, seconds=seconds):
@@ -480,52 +386,39 @@ def test_while_a_reading_hangs_one_visitor_waits_and_the_others_get_the_last_one
     wait_until(lambda: not get(application, "/").outdated, seconds=2)
 
 
-@pytest.mark.parametrize(("name", "target"), [("tally", "/"), ("history", "/history")])
-def test_what_took_long_to_read_is_marked_and_no_reason_to_call_the_service_ill(
-    application, shared_connection, name, target
-):
+def test_what_took_long_to_read_is_marked_and_no_reason_to_call_the_service_ill(application, shared_connection):
     shared_connection.execute("INSERT INTO votes (vote) VALUES ('Pita')")
-    reader = getattr(application.catvote, name)
-    reader.fresh = 0.2
-    reader.statement = f"SELECT * FROM ({reader.statement}) AS rows WHERE (SELECT pg_sleep(0.4)) IS NOT NULL"
-    assert get(application, target).outdated
+    history = application.catvote.history
+    history.fresh = 0.2
+    history.statement = f"SELECT * FROM ({history.statement}) AS rows WHERE (SELECT pg_sleep(0.4)) IS NOT NULL"
+    assert get(application, "/history").outdated
     assert get(application, "/healthz").status == 200
 
 
 def test_an_error_is_not_met_with_again_at_each_visit(serve, empty_database, caplog):
     application, started_at = serve(empty_database), time.monotonic()
-    for _ in range(30):
+    for _ in range(5):
         assert get(application, "/").status == 503
     assert 1 <= caplog.text.count("database: ") <= 1 + (time.monotonic() - started_at) / 0.2
 
 
 # Settings
 
-PREVIEW = ['property="og:url" content="{}/"', 'property="og:image" content="{}/static/card.png?']
 
-
-@pytest.mark.parametrize("site_url", ["https://cats.example", " https://cats.example/\n"])
-def test_previews_in_chats_name_the_address_that_is_set(serve, shared_database, site_url):
-    page = get(serve(shared_database, SITE_URL=site_url), "/").text
-    assert all(tag.format("https://cats.example") in page for tag in PREVIEW)
+def test_previews_in_chats_name_the_address_that_is_set(serve, shared_database):
+    page = get(serve(shared_database, SITE_URL=" https://cats.example/\n"), "/").text
+    assert 'property="og:url" content="https://cats.example/"' in page
+    assert 'property="og:image" content="https://cats.example/static/card.png?' in page
 
 
 def test_without_an_address_there_are_no_previews(application):
     assert "og:" not in get(application, "/").text
 
 
-@pytest.mark.parametrize(
-    ("value", "shown"), [("1", True), ("TRUE", True), ("0", False), ("false", False), ("no", False)]
-)
+@pytest.mark.parametrize(("value", "shown"), [("TRUE", True), ("0", False)])
 def test_only_developers_see_a_traceback(serve, shared_database, monkeypatch, value, shown):
     application = serve(shared_database, DEVELOPMENT=value)
     monkeypatch.setattr(application.catvote.tally, "latest_reading", lambda: 1 / 0)
     answer = get(application, "/")
     assert answer.status == 500
     assert ("ZeroDivisionError" in answer.text) == shown
-
-
-def test_importing_the_application_starts_nothing():
-    command = [sys.executable, "-c", "import threading, catvote; print(threading.active_count())"]
-    output = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True)
-    assert (output.stdout, output.stderr) == ("1\n", "")
