@@ -26,7 +26,8 @@ class Answer:
     @property
     def votes(self):
         """The count that the page shows for each cat."""
-        return votes_on(self.text)
+        counts = re.findall(r'data-votes="(\w+)"[^>]*>([\d,]+)<', self.text)
+        return {cat: int(count.replace(",", "")) for cat, count in counts}
 
     @property
     def not_counted(self):
@@ -39,12 +40,6 @@ class Answer:
     @property
     def outdated(self):
         return bool(re.search("<p (?![^>]*hidden)[^>]*>[^<]*these are the last known votes", self.text))
-
-
-def votes_on(page):
-    """Return the count that a page, as text, shows for each cat."""
-    counts = re.findall(r'data-votes="(\w+)"[^>]*>([\d,]+)<', page)
-    return {cat: int(count.replace(",", "")) for cat, count in counts}
 
 
 def write(method, target, *headers, body=b""):

@@ -207,19 +207,13 @@ def tls_server():
             yield server
 
 
-@pytest.fixture
-def unreadable_home(tmp_path):
-    """A HOME whose certificate cannot be read, as that of a user one is not; not even by root, since it leads nowhere."""
+def test_the_way_to_the_database_is_encrypted_whatever_is_in_home(tls_server, tmp_path):
     (tmp_path / ".postgresql").mkdir()
-    for name in "postgresql.crt", "postgresql.key":
+    for name in "postgresql.crt", "postgresql.key":  # nobody can read them, not even root: they lead nowhere
         (tmp_path / ".postgresql" / name).symlink_to(name)
-    return str(tmp_path)
-
-
-def test_the_way_to_the_database_is_encrypted_whatever_is_in_home(tls_server, unreadable_home):
     with new_database(tls_server) as url:
         catvote.initdb(url)
-        with unsurprised(Service(url, WEB_CONCURRENCY="1", HOME=unreadable_home)) as service:
+        with unsurprised(Service(url, WEB_CONCURRENCY="1", HOME=str(tmp_path))) as service:
             assert vote(service).status == 303
             encrypted = "pid IN (SELECT pid FROM pg_stat_ssl WHERE ssl)"
             assert backends(url) == backends(url, encrypted) != []

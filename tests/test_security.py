@@ -5,8 +5,6 @@ from wsgiref.util import setup_testing_defaults
 
 import pytest
 from client import FORM, HOST, ask, get, talk, vote, write
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 # Votes from pages of other sites: as https://pkg.go.dev/net/http#CrossOriginProtection
 
@@ -53,9 +51,10 @@ ANSWERS = {
 }
 
 
-@pytest.fixture
-def answer(method, target, headers, body, status, application, monkeypatch):
+@pytest.fixture(params=ANSWERS)
+def answer(request, application, monkeypatch):
     """An answer of ANSWERS, from an application that has reason for it."""
+    method, target, headers, body, status = ANSWERS[request.param]
     monkeypatch.setattr(application.catvote.history, "latest_reading", lambda: 1 / 0)
     for _ in range(2):  # what it has found out before, it may answer by a shorter way
         answer = ask(application, method, target, *headers, body=body)
@@ -63,12 +62,6 @@ def answer(method, target, headers, body, status, application, monkeypatch):
     return answer
 
 
-ERRORS = {name: row for name, row in ANSWERS.items() if row[-1] >= 400}
-every_answer = pytest.mark.parametrize(("method", "target", "headers", "body", "status"), ANSWERS.values(), ids=ANSWERS)
-every_error = pytest.mark.parametrize(("method", "target", "headers", "body", "status"), ERRORS.values(), ids=ERRORS)
-
-
-@every_answer
 def test_every_answer_tells_browsers_to_be_careful(answer):
     policy = dict(directive.split(" ", 1) for directive in answer.headers["Content-Security-Policy"].split("; "))
     assert policy.pop("default-src") == policy.pop("base-uri") == policy.pop("frame-ancestors") == "'none'"
@@ -84,7 +77,7 @@ def test_every_answer_tells_browsers_to_be_careful(answer):
         assert answer.headers.get_all(name) == [value]
 
 
-@every_error
+@pytest.mark.parametrize("answer", [name for name, row in ANSWERS.items() if row[-1] >= 400], indirect=True)
 def test_every_error_is_a_page_for_people_that_nobody_keeps_and_that_tells_nothing_about_the_service(answer):
     assert answer.headers["Content-Type"].lower() == "text/html; charset=utf-8"
     assert answer.headers["Cache-Control"] == "no-store"
@@ -108,16 +101,10 @@ def test_browsers_are_told_to_stay_with_https_only_over_https(shared_service, sc
 
 # Too much
 
-LONG_BODIES = {
-    "whole": ([FORM], b"vote=Pita&a=".ljust(4097, b"a")),
-    "not whole": ([FORM, "Content-Length: 5000000"], b"vote=Pita&a=" + b"a" * 5000),
-}
 
-
-@pytest.mark.parametrize(("headers", "body"), LONG_BODIES.values(), ids=LONG_BODIES)
-def test_a_body_that_is_too_long_is_413_and_costs_at_most_the_connection(shared_service, take_votes, headers, body):
-    request = write("POST", "/add", *headers, body=body)
-    answers = [answer.status for answer in talk(shared_service, request + write("GET", "/tally.json"))]
+def test_a_body_that_is_too_long_is_413_and_costs_at_most_the_connection(shared_service, take_votes):
+    too_long = write("POST", "/add", FORM, body=b"vote=Pita&a=".ljust(4097, b"a"))
+    answers = [answer.status for answer in talk(shared_service, too_long + write("GET", "/tally.json"))]
     assert answers in ([413], [413, 200])
     assert take_votes() == []
 
@@ -143,48 +130,3 @@ def test_no_more_of_a_flood_is_read_than_a_vote_may_have(application, length, st
     application.catvote.app(environ, lambda status, *_: statuses.append(status))
     assert statuses[0].startswith(status)
     assert all(0 <= size < 5000 for size in sizes)  # a negative one would mean all
-
-
-# Anything at all: other inputs in each run; a failure tells how to have it again
-
-FUZZ = settings(
-    max_examples=100,
-    deadline=None,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],  # take_votes() begins anew by itself
-)
-
-
-def soup(pieces):
-    """Return a strategy for bytes, mostly of these pieces, which spaces separate."""
-    pieces = st.sampled_from([piece.encode("latin-1") for piece in pieces.split(" ")])
-    return st.lists(st.one_of(pieces, pieces, pieces, st.binary(max_size=3)), max_size=4).map(b"".join)
-
-
-BOUNDARY = "; boundary=icing"
-BOUNDARIES = ["", "; boundary", "; boundary=", '; boundary="icing"', f"; charset=utf-16{BOUNDARY}"]
-CHARSETS = st.sampled_from(["utf-8", "utf-7", "utf-16", "unicode_escape", "hex", "nope", "", '"'])
-PART_HEADERS = st.one_of(
-    CHARSETS.map(lambda charset: f"Content-Type: text/plain; charset={charset}".encode()),
-    st.sampled_from([b"Content-Length: 4", b"Content-Length: 0", b"Content-Length: zz", b"Content-Disposition: ;"]),
-    soup(': ; = " \r\n --icing name filename vote * \xff Content-Disposition form-data'),
-)
-PART_BODIES = soup("Pita Gummi +2AA- \\ud800 --icing --icing-- = % \xff\xfe \0 \r\n")
-
-
-@FUZZ
-@given(
-    boundary=st.one_of(st.just(BOUNDARY), st.sampled_from(BOUNDARIES)),
-    headers=st.lists(PART_HEADERS, max_size=2),
-    value=st.one_of(st.just(b"Pita"), PART_BODIES),
-    cut=st.one_of(st.just((0, 0)), st.tuples(st.integers(0, 150), st.integers(0, 30))),
-)
-def test_no_multipart_body_counts_for_more_than_it_asks(shared_service, take_votes, boundary, headers, value, cut):
-    take_votes()
-    field = b'Content-Disposition: form-data; name="vote"'
-    body = b"\r\n".join([b"--icing", field, *headers, b"", value, b"--icing--", b""])
-    body = body[: cut[0]] + body[sum(cut) :]
-    answer = ask(shared_service, "POST", "/add", "Content-Type: multipart/form-data" + boundary, body=body)
-    votes = take_votes()
-    assert (answer.status, votes) in ((400, []), (303, ["Pita"]), (303, ["Gummi"]))
-    assert not votes or votes[0].encode() in body

@@ -6,20 +6,16 @@ What they are for `make dev` is tested with it, in test_startup.py and test_mach
 import re
 import resource
 import runpy
-import shutil
 import signal
 import socket
-import ssl
 import struct
-import subprocess
 import time
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection
 from itertools import pairwise
 
 import pytest
 from client import FORM, get, listen, read, vote, write
-from conftest import missing
 from local import ROOT
 from local.processes import wait_until
 from local.service import Service
@@ -92,44 +88,15 @@ def test_who_stops_in_mid_request_keeps_no_thread_for_ever(altered):
         assert get(service, "/").status == 200
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Path of a certificate for localhost; its key is beside it."""
-    if not shutil.which("openssl"):
-        missing("no openssl: apt-get install openssl")
-    folder = tmp_path_factory.mktemp("certificate")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out certificate"
-    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
-    return folder / "certificate"
-
-
-@pytest.fixture(scope="module")
-def tls_service(shared_database, certificate):
-    """The service by https."""
-    arguments = f"--certfile={certificate} --keyfile={certificate.with_name('key')}"
-    with Service(shared_database, GUNICORN_CMD_ARGS=arguments) as service:
-        yield service
-
-
-@pytest.fixture(params=["shared_service", "tls_service"], ids=["http", "https"])
-def any_service(request):
-    """The service by http, and by https."""
-    return request.getfixturevalue(request.param)
-
-
-def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service, tls_service, certificate):
-    with visitors(any_service, 1) as (visitor,):
-        if any_service is tls_service:
-            trusting = ssl.create_default_context(cafile=certificate)
-            visitor = trusting.wrap_socket(visitor, server_hostname="localhost")
-        visitor.sendall(REFUSED_IN_MID_BODY)
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(shared_service):
+    with visitors(shared_service, 1, REFUSED_IN_MID_BODY) as (visitor,):
         for _ in range(10):
             time.sleep(0.1)  # as over a slow line
             visitor.sendall(b"a" * 100)
-        answer = HTTPResponse(visitor)
-        answer.begin()
-        assert answer.status == 413
-        assert b"none was counted" in answer.read()
+        visitor.shutdown(socket.SHUT_WR)
+        (answer,) = read(listen(visitor))
+    assert answer.status == 413
+    assert "none was counted" in answer.text
 
 
 def assert_none_ended(service, before):
@@ -140,21 +107,21 @@ def assert_none_ended(service, before):
     assert service.workers() == before
 
 
-def test_no_worker_ends_when_visitors_break_off(any_service):
-    files = {worker: worker.num_fds() for worker in workers_of(any_service)}
+def test_no_worker_ends_when_visitors_break_off(shared_service):
+    files = {worker: worker.num_fds() for worker in workers_of(shared_service)}
     for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
-        with visitors(any_service, 10, said):
+        with visitors(shared_service, 10, said):
             pass
-        with visitors(any_service, 10, said) as breaking_off:
+        with visitors(shared_service, 10, said) as breaking_off:
             for visitor in breaking_off:
                 visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
                 if said == LAST:
                     visitor.recv(1)
-    with visitors(any_service, 30, LAST) as staying:  # the last whom the workers have to close
+    with visitors(shared_service, 30, LAST) as staying:  # the last whom the workers have to close
         for visitor in staying:
             visitor.recv(1)
         wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
-    assert_none_ended(any_service, [*files])
+    assert_none_ended(shared_service, [*files])
 
 
 # An application that fails in the middle of its answers.
@@ -172,8 +139,7 @@ def test_no_worker_ends_when_an_answer_breaks_off(altered):
     with altered(BREAK_OFF, WEB_CONCURRENCY="1") as service:
         (worker,) = workers_of(service, 1)
         with visitors(service, 1, LAST) as (visitor,):
-            while visitor.recv(1000):
-                pass
+            listen(visitor)
         with visitors(service, 1, b"nonsense\r\n\r\n") as (staying,):
             staying.recv(1)
             files = worker.num_fds()
@@ -255,11 +221,11 @@ FEW_FILES = "sh -c 'ulimit -n 128; exec gunicorn catvote:app'"
 def test_when_all_files_are_in_use_later_visitors_wait(shared_database):
     with Service(shared_database, command=FEW_FILES, WEB_CONCURRENCY="1") as service:
         before = workers_of(service, 1)
-        with visitors(service, 300, write("GET", "/")), visitors(service, 1, LAST) as (later,):
+        with visitors(service, 150, write("GET", "/static/icon.svg")), visitors(service, 1, LAST) as (later,):
             later.settimeout(0.5)
             with pytest.raises(TimeoutError):
                 later.recv(1)
-        assert get(service, "/").status == 200
+        assert get(service, "/static/icon.svg").status == 200
         assert service.workers() == before
         assert "cannot accept" not in service.log
 
@@ -267,10 +233,10 @@ def test_when_all_files_are_in_use_later_visitors_wait(shared_database):
 def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
     with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
         before = workers_of(service, 1)
-        with visitors(service, 300, write("GET", "/")):
+        with visitors(service, 150, write("GET", "/static/icon.svg")):
             # It says so ten times a second, and does not try all the time.
             assert seconds_for(lambda: wait_until(lambda: service.log.count("cannot accept") >= 5)) > 0.3
-        assert get(service, "/").status == 200
+        assert get(service, "/static/icon.svg").status == 200
         assert service.workers() == before
 
 
