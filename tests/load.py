@@ -21,10 +21,12 @@ class Visit(Answer):
 
     status -- 0 if no answer came, -1 if there was no connection either
     cat -- whom it votes for; empty if it only looks at a page
+    kept -- an earlier request had used its connection
     """
 
     path: str
     cat: str
+    kept: bool
     sent_at: float
     ended_at: float
 
@@ -68,24 +70,28 @@ class Load:
         for thread in self.threads:
             thread.join()
 
+    def visitor(self, service):
+        """Return the connection that a visitor keeps."""
+        return HTTPConnection("127.0.0.1", service.port, timeout=30)
+
     def vote(self, service, random):
-        visitor = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        visitor = self.visitor(service)
         while not self.ended.wait(random.uniform(0.5, 1.5) * self.pause):
             answer = self.ask(visitor, "/add", random.choice(CATS))
             if answer.status == 303:
                 self.ask(visitor, answer.headers["Location"])
 
     def watch(self, service, path):
-        visitor = HTTPConnection("127.0.0.1", service.port, timeout=30)
+        visitor = self.visitor(service)
         while not self.ended.wait(self.pause):
             self.ask(visitor, path)
 
     def ask(self, visitor, path, cat=""):
         """Send a request, as a vote if for a cat, log it, and return the answer."""
-        status, headers, body = -1, Message(), b""
+        kept, status, headers, body = visitor.sock is not None, -1, Message(), b""
         sent_at = time.monotonic()
         try:
-            if not visitor.sock:
+            if not kept:
                 visitor.connect()
             status = 0
             form = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -95,7 +101,7 @@ class Load:
             status, headers = response.status, response.headers
         except (OSError, HTTPException):
             visitor.close()
-        answer = Visit(status, headers, body, path, cat, sent_at, time.monotonic())
+        answer = Visit(status, headers, body, path, cat, kept, sent_at, time.monotonic())
         self.answers.append(answer)
         return answer
 

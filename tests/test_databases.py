@@ -1,14 +1,19 @@
 """On whatever database: settings, rows, schemas and errors that a clean test server does not have."""
 
-import os
 import re
-import socket
+import subprocess
 from collections import Counter
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from shutil import which
+from urllib.parse import urlsplit
 
 import pytest
 from client import get, vote
-from faults import at_each_vote, sql
+from conftest import missing
+from faults import sql
+from local import ROOT
+from local.processes import wait_until
 
 from catvote import initdb
 
@@ -47,6 +52,22 @@ HOSTILE_SETTINGS = {
 def test_settings_of_the_database_change_nothing(database, connection, serve, caplog):
     for name, value in HOSTILE_SETTINGS.items():
         connection.execute(f"ALTER DATABASE {connection.info.dbname} SET {name} = '{value}'")
+    check(serve(database), connection, caplog)
+
+
+@pytest.mark.parametrize("parameters", ["client_encoding=SQL_ASCII", "application_name=baker&keepalives_idle=7200"])
+def test_parameters_of_the_url_change_nothing(database, connection, serve, caplog, parameters):
+    check(serve(f"{database}?{parameters}"), connection, caplog)
+    application = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'baker'"
+    assert (connection.execute(application).fetchone()[0] > 0) == ("baker" in parameters)  # the URL's counts
+
+
+def test_blanks_around_the_url_change_nothing(database, connection, serve, caplog):
+    check(serve(f" {database}\r\n"), connection, caplog)
+
+
+def check(service, connection, caplog):
+    """Cast votes at known hours, and one over HTTP; see that the service answers as ever and shows them all."""
     this_hour = datetime.now(timezone.utc).replace(minute=0, second=0, microsecond=0)
     today = this_hour.replace(hour=0)
     hours = [this_hour - timedelta(hours=30, minutes=-30), this_hour - timedelta(hours=1, seconds=1)]
@@ -55,31 +76,25 @@ def test_settings_of_the_database_change_nothing(database, connection, serve, ca
         connection.execute("INSERT INTO public.votes (date_created, vote) VALUES (%s, 'Gummi')", [moment])
     shown = Counter(f"{moment:{HOUR}}" for moment in hours) + Counter(f"{moment:{DAY}}" for moment in hours + days)
 
-    service = serve(database)
     assert history(service) == {"Gummi": shown, "Pita": {}}
     assert vote(service).status == 303
     assert get(service, "/?voted=Pita").votes == {"Gummi": 4, "Pita": 1}
+    assert get(service, "/tally.json").text == '{"Gummi": 4, "Pita": 1}'
+    assert get(service, "/healthz").status == 200
     assert not caplog.text  # nothing failed that was then mended
 
 
-def test_parameters_of_the_url_count_but_not_its_encoding(database, serve):
-    service = serve(f"{database}?client_encoding=SQL_ASCII&application_name=baker")
+def test_the_kernel_asks_for_silent_connections_within_a_minute(service, database):
+    if not which("ss"):
+        missing("no ss: apt-get install iproute2")
     assert vote(service).status == 303
-    assert get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 1}
-    assert sql(database, "SELECT pid FROM pg_stat_activity WHERE application_name = 'baker'")
-
-
-def test_blanks_around_the_url_change_nothing(shared_database, serve):
-    assert vote(serve(f" {shared_database}\r\n")).status == 303
-
-
-def test_the_kernel_asks_for_silent_connections_within_a_minute(application):
-    with (
-        application.catvote.pool().connection() as connection,
-        socket.socket(fileno=os.dup(connection.fileno())) as line,
-    ):
-        assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-        assert line.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 60
+    port = urlsplit(database).port
+    command = ["ss", "-tnopH", "state", "established", f"dport = :{port}"]
+    lines = subprocess.check_output(command, text=True).splitlines()
+    own = [line for line in lines if any(f"pid={worker.pid}," in line for worker in service.workers())]
+    assert own
+    for line in own:
+        assert re.search(r"timer:\(keepalive,[\d.]+(sec|ms),", line)  # not minutes
 
 
 # Rows that nobody expects
@@ -112,10 +127,14 @@ def test_the_history_has_its_first_day_also_where_clocks_were_put_forward_since(
 
 def test_a_cat_that_only_the_database_knows_takes_no_page_away(own, connection):
     connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat")
-    connection.execute("INSERT INTO votes (vote) VALUES ('Garfield'), ('Pita')")
-    assert get(own, "/").votes == {"Gummi": 0, "Pita": 1}
+    connection.execute("INSERT INTO votes (vote) VALUES ('Garfield'), ('Pita'), ('')")
+    page = get(own, "/")
+    assert page.votes == {"Gummi": 0, "Pita": 1}
+    assert re.findall('data-share="(.*?)">(.*?)<', page.text) == [("Gummi", "0%"), ("Pita", "100%")]
     assert history(own)["Gummi"] == {}
+    assert get(own, "/tally.json").status == get(own, "/healthz").status == 200
     assert vote(own, body=b"vote=Garfield").status == 400
+    assert vote(own).status == 303
 
 
 def test_a_cat_that_the_totals_lack_has_no_votes(own, connection):
@@ -123,7 +142,27 @@ def test_a_cat_that_the_totals_lack_has_no_votes(own, connection):
     assert get(own, "/").votes == {"Gummi": 7, "Pita": 0}
 
 
+def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(own, connection):
+    connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat, ADD CHECK (vote = 'Gummi')")
+    refused = vote(own)
+    assert refused.status == 400
+    assert "no vote was counted" in refused.text
+    assert vote(own, body=b"vote=Gummi").status == 303
+
+
 # Schemas of another time
+
+
+def test_without_a_schema_everybody_is_told_the_truth(empty_database, serve, caplog):
+    application = serve(empty_database)
+    check_that_the_schema_is_missed(application, caplog, "/", "/history")
+    refused = vote(application)
+    assert refused.not_counted
+    assert "no answer" not in refused.text
+    initdb(empty_database)
+    assert vote(application).status == 303
+    wait_until(lambda: get(application, "/healthz").status == 200, seconds=5)
+    assert get(application, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 1}
 
 
 OLDER = {
@@ -136,13 +175,34 @@ OLDER = {
 @pytest.mark.parametrize(("change", "page", "other_page"), OLDER.values(), ids=OLDER)
 def test_an_older_schema_costs_only_what_it_lacks(own, connection, caplog, change, page, other_page):
     connection.execute(change)
-    answer = get(own, page)
-    assert answer.status == 503
-    assert "Something is wrong with our database" in answer.text
-    assert "(schema.sql is not applied, or an older one: make initdb)" in caplog.text
-    assert get(own, "/healthz").status == 503
+    check_that_the_schema_is_missed(own, caplog, page)
     assert get(own, other_page).status == 200
     assert vote(own).status == 303
+
+
+def check_that_the_schema_is_missed(application, caplog, *pages):
+    """See that operator and platform are told of it, and that no visitor is told of a database that is away."""
+    for page in pages:
+        caplog.clear()
+        answer = get(application, page)
+        assert answer.status == 503
+        assert "Something is wrong with our database" in answer.text
+        assert "no answer" not in answer.text
+        assert "(schema.sql is not applied, or an older one: make initdb)" in caplog.text
+    assert get(application, "/healthz").status == 503
+
+
+def test_a_database_of_the_first_version_serves_and_is_brought_forward_without_a_restart(empty_database, serve):
+    sql(empty_database, (ROOT / "tests/first_schema.sql").read_text())
+    sql(empty_database, "INSERT INTO votes (vote) VALUES ('Gummi'), ('Pita'), ('Pita')")
+    application = serve(empty_database)
+    assert get(application, "/").votes == {"Gummi": 1, "Pita": 2}
+    assert vote(application).status == 303
+    initdb(empty_database)
+    assert vote(application).status == 303
+    assert get(application, "/?voted=Pita").votes == {"Gummi": 1, "Pita": 4}
+    assert sum(history(application)["Pita"].values()) == 8
+    assert get(application, "/healthz").status == 200
 
 
 def test_rows_that_brought_their_own_row_id_cost_votes_until_initdb_and_nobody_is_deceived(own, database, caplog):
@@ -152,7 +212,7 @@ def test_rows_that_brought_their_own_row_id_cost_votes_until_initdb_and_nobody_i
     )
     refused = vote(own)
     assert refused.not_counted
-    assert "does not answer" not in refused.text
+    assert "no answer" not in refused.text
     assert "(row_id lags behind rows that brought their own: make initdb)" in caplog.text
     initdb(database)
     assert vote(own).status == 303
@@ -167,17 +227,33 @@ VERDICTS = {
     "XX000": "could not be confirmed",  # internal_error
     "40001": "was not counted",  # serialization_failure, again and again
     "53100": "was not counted",  # disk_full
+    "57014": "was not counted",  # query_canceled, by somebody else
 }
 
 
 @pytest.mark.parametrize(("sqlstate", "verdict"), VERDICTS.items())
-def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(own, database, caplog, sqlstate, verdict):
-    at_each_vote(database, f"RAISE 'the oven is broken' USING ERRCODE = '{sqlstate}'")
-    answer = vote(own)
-    assert answer.status == 503
-    assert f"your vote {verdict}" in answer.text
-    assert "oven" not in answer.text
-    assert "database: the oven is broken CONTEXT: PL/pgSQL function" in caplog.text  # in one line
+def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(own, connection, caplog, sqlstate, verdict):
+    with errors_at_votes(connection, sqlstate):
+        answer = vote(own)
+        assert answer.status == 503
+        assert f"your vote {verdict}" in answer.text
+        assert "oven" not in answer.text
+        assert "database: the oven is broken CONTEXT: PL/pgSQL function" in caplog.text  # in one line
+    assert vote(own).status == 303
+
+
+@contextmanager
+def errors_at_votes(connection, sqlstate):
+    """Each vote meets with an error of this code, for a while."""
+    connection.execute(f"""
+        CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql
+        AS $$ BEGIN RAISE EXCEPTION 'the oven is broken' USING ERRCODE = '{sqlstate}'; END $$;
+        CREATE TRIGGER fail BEFORE INSERT ON votes FOR EACH ROW EXECUTE FUNCTION fail();
+    """)
+    try:
+        yield
+    finally:
+        connection.execute("DROP FUNCTION fail CASCADE")
 
 
 def test_an_error_without_words_is_logged_by_its_name(application, caplog):

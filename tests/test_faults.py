@@ -1,10 +1,11 @@
 """A 303 is a promise, and nobody waits on a dead database: real faults in real processes, under load.
 
-Those under load end in `verify`, which compares what the visitors were told with the rows.
+Most tests end in `verify`, which compares what the visitors were told with the rows.
 """
 
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -14,11 +15,12 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Thread
 
+import psutil
 import psycopg
 import pytest
 from client import get, vote
 from conftest import missing, new_database, unsurprised
-from faults import Network, at_each_vote, backends, frozen, kill, recovery, sql
+from faults import Network, backends, end_sessions, frozen, kill, recovery, sql
 from load import Load
 from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
@@ -96,13 +98,34 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
 
 
 @pytest.mark.alone
+def test_the_service_starts_before_its_server(server, database, verify):
+    server.terminate()
+    with Service(database, WEB_CONCURRENCY="1") as service:
+        assert get(service, "/").status == 503
+        with Load(service, watchers=20) as load:
+            began_at = time.monotonic()
+            time.sleep(3)
+            outage = began_at, time.monotonic()
+            server.start()
+            up_at = time.monotonic()
+            load.go_on(votes=200)
+    recovered = recovery(load, up_at)
+    verify(load, service)
+    assert recovered < 3
+    assert {health.status for health in load.pages("/healthz", *outage)} == {503}
+    pages = load.pages("/", *outage)
+    assert pages
+    assert all(page.status == 503 and "</html>" in page.text for page in pages)
+
+
+@pytest.mark.alone
 def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
-        load.go_on(votes=100)
+        load.go_on(votes=500)
         with frozen(server.server_pid):
-            time.sleep(5)  # longer than a statement and its cancel may take
+            time.sleep(6)  # longer than a vote may take
         thawed_at = time.monotonic()
-        load.go_on(votes=300)
+        load.go_on(votes=1000)
     recovered = recovery(load, thawed_at)
     verify(load, service)
     assert recovered < 3
@@ -110,84 +133,228 @@ def test_a_frozen_server_holds_nobody_up(server, database, verify):
     assert load.not_counted
 
 
-def test_a_frozen_server_process_holds_nobody_up(worker, database):
-    with psycopg.connect(database) as connection, ThreadPoolExecutor(1) as voters:
-        connection.execute("LOCK TABLE votes")
-        answer = voters.submit(vote, worker)
-        (pid,) = wait_until(lambda: backends(database, WAITING))
-        with frozen(pid):
-            assert answer.result().unconfirmed
-    assert vote(worker).status == 303
+@pytest.mark.alone
+def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify):
+    with Service(database) as service, Load(service) as load:
+        load.go_on(votes=50)
+        with psycopg.connect(database) as connection:
+            connection.execute("LOCK TABLE votes")
+            locked_at = time.monotonic()
+            time.sleep(5)  # longer than a statement may take, and no multiple of that
+        freed_at = time.monotonic()
+        load.go_on(votes=200)
+    recovered = recovery(load, freed_at)
+    verify(load, service)
+    assert recovered < 1
+    assert load.not_counted
+    assert not load.unconfirmed
+    assert not any(page.outdated for page in load.pages("/", locked_at, freed_at))
+    assert "canceling statement" in service.log
+
+
+def test_a_vote_whose_server_process_died_could_not_be_confirmed(database, verify):
+    with Service(database) as service, Load(service, voters=1, watchers=0) as load:
+        load.go_on(votes=1)
+        with psycopg.connect(database) as connection:
+            connection.execute("LOCK TABLE votes")
+            (pid,) = wait_until(lambda: backends(database, WAITING))
+            psutil.Process(pid).suspend()
+        psutil.Process(pid).kill()  # it has the vote and may have stored it: only the server knows
+        wait_until(lambda: load.votes[-1].status != 303)
+        died = load.votes[-1]
+        load.go_on(votes=1)
+    verify(load, service)
+    assert died.unconfirmed
+
+
+def test_a_frozen_server_process_holds_nobody_up(database, verify):
+    with Service(database) as service, Load(service, voters=1, watchers=0) as load:
+        load.go_on(votes=1)
+        with psycopg.connect(database) as connection:
+            connection.execute("LOCK TABLE votes")
+            (pid,) = wait_until(lambda: backends(database, WAITING))
+            with frozen(pid):
+                wait_until(lambda: load.votes[-1].unconfirmed)
+        load.go_on(votes=1)
+    verify(load, service)
 
 
 def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(worker, database):
     assert vote(worker).status == 303
     assert len(backends(database)) == 1  # none before it is needed
-    with psycopg.connect(database) as connection, ThreadPoolExecutor(3) as visitors:
+    with ThreadPoolExecutor(30) as visitors, psycopg.connect(database) as connection:
         connection.execute("LOCK TABLE votes, tally")
-        visitors.submit(vote, worker)
-        visitors.submit(get, worker, "/")
-        visitors.submit(get, worker, "/history")
+        for _ in range(10):
+            visitors.submit(vote, worker)
+            visitors.submit(get, worker, "/")
+            visitors.submit(get, worker, "/history")
         wait_until(lambda: len(backends(database, WAITING)) == 3)
-        connection.rollback()
+        most = 3
+        while backends(database, WAITING):
+            most = max(most, len(backends(database)))
+    assert most == 3
 
 
-def test_votes_count_soon_after_the_database_takes_them_again(server, worker, database):
+# Sessions that began under settings which have changed since
+
+SETTINGS = {"read-only": ("default_transaction_read_only", "on"), "short of time": ("statement_timeout", "300ms")}
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS.values(), ids=SETTINGS)
+def test_votes_count_soon_after_the_database_takes_them_again(server, worker, database, name, value):
+    sql(
+        database,
+        """
+        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
+        CREATE TRIGGER dawdle AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION dawdle();
+        """,
+    )
     alter = f"ALTER DATABASE {database.rpartition('/')[2]}"
-    sql(server.url(), f"{alter} SET default_transaction_read_only = on")
+    sql(server.url(), f"{alter} SET {name} = '{value}'")
     assert vote(worker).not_counted
     assert get(worker, "/healthz").status == 200
     stale = {*backends(database)}
-    sql(server.url(), f"{alter} RESET default_transaction_read_only")
+    sql(server.url(), f"{alter} RESET {name}")
     wait_until(lambda: vote(worker).status == 303, seconds=5)
     for target in "/?voted=Pita", "/healthz", "/history":
         assert get(worker, target).status == 200
+    assert [vote(worker).status for _ in range(3)] == [303, 303, 303]
     assert not stale & {*backends(database)}  # pages have left them, too: they may be another server's
+
+
+def test_no_vote_is_refused_for_one_that_came_at_the_same_time(database, verify):
+    with psycopg.connect(database, autocommit=True) as connection:
+        (function,) = connection.execute("SELECT pg_get_functiondef('count_votes()'::regprocedure)").fetchone()
+        assert "% 32" in function
+        connection.execute(function.replace("% 32", "% 1"))  # all sessions share a counter
+        connection.execute(
+            f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = 'repeatable read'"
+        )
+    with Service(database) as service, Load(service) as load:
+        load.go_on(votes=300)
+    verify(load, service, statuses=(200, 303))
 
 
 @pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
 def test_a_vote_that_lost_against_another_is_tried_again(worker, database, sqlstate):
-    sql(database, "CREATE SEQUENCE tries")
-    at_each_vote(database, f"IF nextval('tries') = 1 THEN RAISE 'lost' USING ERRCODE = '{sqlstate}'; END IF")
+    sql(
+        database,
+        f"""
+        CREATE SEQUENCE tries;
+        CREATE FUNCTION lose_once() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+                IF nextval('public.tries') = 1 THEN RAISE 'lost' USING ERRCODE = '{sqlstate}'; END IF;
+                RETURN NULL;
+            END
+        $$;
+        CREATE TRIGGER lose_once AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION lose_once();
+        """,
+    )
     assert vote(worker).status == 303
     assert sql(database, "SELECT vote FROM votes") == [("Pita",)]
+
+
+def test_a_vote_that_always_loses_is_tried_a_hundred_times_a_second_at_most_and_not_cancelled(application, monkeypatch):
+    cancelled, tries = [], []
+    execute = psycopg.Connection.execute
+
+    def lose(connection, *_):
+        tries.append(1)
+        return execute(connection, "DO $$ BEGIN RAISE 'lost' USING ERRCODE = '40001'; END $$")
+
+    monkeypatch.setattr(psycopg.Connection, "execute", lose)
+    monkeypatch.setattr(application.catvote.Connection, "cancel_safe", lambda *_, **__: cancelled.append(1))
+    assert vote(application).not_counted
+    assert 10 < len(tries) <= 201  # in two seconds
+    assert not cancelled
 
 
 # The way to the server
 
 
-def test_a_network_that_forgets_and_connects_slowly_costs_nobody_anything(database, serve, caplog):
-    with Network(database, delay=0.7, forgets_after=1.5) as network, ThreadPoolExecutor(2) as visitors:
-        application = serve(network.url)
-        application.catvote.UNUSED_TOO_LONG = 1
+def test_a_network_that_forgets_and_connects_slowly_costs_nobody_anything(database):
+    with (
+        Network(database, delay=0.7, forgets_after=5) as network,
+        unsurprised(Service(network.url, WEB_CONCURRENCY="1")) as service,
+        ThreadPoolExecutor(3) as visitors,
+    ):
         for votes in 1, 2:
+            page = visitors.submit(get, service, "/")
+            history = visitors.submit(get, service, "/history")
             started_at = time.monotonic()
-            pages = [visitors.submit(get, application, target) for target in ("/", "/history")]
-            assert vote(application).status == 303
-            assert get(application, "/?voted=Pita").votes["Pita"] == votes
-            for page in pages:
-                assert page.result().status == 200
-                assert not page.result().outdated
+            assert vote(service).status == 303
+            assert get(service, "/?voted=Pita").votes["Pita"] == votes
+            for answer in page.result(), history.result():
+                assert answer.status == 200
+                assert not answer.outdated
             assert time.monotonic() - started_at < 2
-            wait_until(lambda: network.forgotten)
-    assert not caplog.text
+            if votes == 1:
+                time.sleep(11)
+                assert network.forgotten
+    assert "database: " not in service.log
 
 
 def test_a_connection_is_kept_while_it_is_used(application, shared_database):
     application.catvote.UNUSED_TOO_LONG = 1
     used = set()
-    for _ in range(3):
+    for pause in 0.6, 0.6, 0.6, 1.2:
         assert vote(application).status == 303
         used |= {*backends(shared_database)}
-        time.sleep(0.6)
-    assert len(used) == 1
+        assert len(used) == 1
+        time.sleep(pause)
+    assert vote(application).status == 303
+    assert not used & {*backends(shared_database)}
+
+
+def test_a_database_that_takes_longer_to_connect_to_serves_within_the_patience_of_the_url(database):
+    with (
+        Network(database, delay=6) as network,
+        unsurprised(Service(f"{network.url}?connect_timeout=15", WEB_CONCURRENCY="1")) as service,
+    ):
+        assert vote(service).not_counted
+        assert get(service, "/").status == 503
+        assert "connecting to it takes longer" in service.log
+        wait_until(lambda: vote(service).status == 303)
+        assert get(service, "/?voted=Pita").votes["Pita"] == 1
 
 
 def test_a_server_that_never_answered_is_asked_again(database):
-    with Network(database, delay=40) as network, unsurprised(Service(network.url, WEB_CONCURRENCY="1")) as service:
+    with (
+        Network(database, delay=40) as network,
+        unsurprised(Service(network.url, WEB_CONCURRENCY="1")) as service,
+    ):
+        for target in "/", "/history":
+            assert get(service, target).status == 503
         assert vote(service).not_counted
         network.delay = 0
         wait_until(lambda: vote(service).status == 303, seconds=10)
+
+
+@pytest.fixture
+def voter(server, database):
+    """Name of a role that may only vote and read, but has no connection left; `database` is its as well."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(
+            """
+            CREATE ROLE voter LOGIN PASSWORD 'donut' CONNECTION LIMIT 0;
+            GRANT INSERT ON votes TO voter;
+            GRANT SELECT ON vote_totals, votes_by_hour TO voter;
+            """
+        )
+        yield "voter"
+        end_sessions(database)
+        connection.execute("DROP OWNED BY voter; DROP ROLE voter")
+
+
+def test_a_server_that_has_no_connection_left_is_said_to_and_used_as_soon_as_it_has(database, voter):
+    place = database.partition("@")[2]
+    with unsurprised(Service(f"postgresql://{voter}:donut@{place}", WEB_CONCURRENCY="1")) as service:
+        assert vote(service).not_counted
+        assert get(service, "/").status == 503
+        assert "too many connections" in service.log
+        sql(database, "ALTER ROLE voter CONNECTION LIMIT 3")
+        wait_until(lambda: vote(service).status == 303, seconds=5)
+        wait_until(lambda: get(service, "/?voted=Pita").votes == {"Gummi": 0, "Pita": 1}, seconds=5)
 
 
 @pytest.fixture(scope="module")
@@ -207,14 +374,22 @@ def tls_server():
             yield server
 
 
-def test_the_way_to_the_database_is_encrypted_whatever_is_in_home(tls_server, tmp_path):
+@pytest.fixture
+def unreadable_home(tmp_path):
+    """A HOME whose certificate cannot be read, as that of a user one is not; not even by root, since it leads nowhere."""
     (tmp_path / ".postgresql").mkdir()
-    for name in "postgresql.crt", "postgresql.key":  # nobody can read them, not even root: they lead nowhere
+    for name in "postgresql.crt", "postgresql.key":
         (tmp_path / ".postgresql" / name).symlink_to(name)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["", "?sslmode=prefer", "?sslmode=require"])
+def test_the_way_to_the_database_is_encrypted_whatever_is_in_home(tls_server, unreadable_home, mode):
     with new_database(tls_server) as url:
         catvote.initdb(url)
-        with unsurprised(Service(url, WEB_CONCURRENCY="1", HOME=str(tmp_path))) as service:
+        with unsurprised(Service(url + mode, WEB_CONCURRENCY="1", HOME=unreadable_home)) as service:
             assert vote(service).status == 303
+            assert get(service, "/healthz").status == 200
             encrypted = "pid IN (SELECT pid FROM pg_stat_ssl WHERE ssl)"
             assert backends(url) == backends(url, encrypted) != []
 
@@ -252,3 +427,44 @@ def test_visitors_who_come_first_together_share_a_pool(application, monkeypatch)
         answers = visitors.map(lambda target: get(application, target), ["/", "/history", "/healthz"])
         assert [answer.status for answer in answers] == [200] * 3
     assert len(pools) == 1
+
+
+def test_a_worker_that_has_asked_the_database_ends_at_once(worker):
+    assert get(worker, "/").status == 200
+    started_at = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - started_at < 4
+
+
+def test_sigterm_lets_every_request_have_its_answer(database, verify):
+    with Service(database) as service, Load(service) as load:
+        load.go_on(votes=50)
+        with psycopg.connect(database) as connection:
+            connection.execute("LOCK TABLE votes")
+            wait_until(lambda: len(backends(database, WAITING)) == 2)
+            service.process.terminate()
+            wait_until(lambda: load.answers[-1].status < 200)  # it has stopped listening
+        assert service.stop() == 0
+        wait_until(lambda: not backends(database), seconds=2)
+    verify(load, service, statuses=(-1, 0, 200, 303, 503))
+    assert not load.unconfirmed
+    # Connections that nobody had accepted yet were broken off; no vote was stored that came so.
+    assert not [answer for answer in load.answers if answer.status == 0 and answer.kept]
+    assert sql(database, "SELECT count(*) FROM votes") == [(len(load.acknowledged),)]
+
+
+def test_a_reload_and_a_second_instance_fail_no_request_and_share_the_tally(database, verify):
+    with Service(database) as service, Service(database) as second, Load(service, second) as load:
+        before = {*service.workers(), *second.workers()}
+        for instance in service, second:
+            load.go_on(votes=50)
+            instance.process.send_signal(signal.SIGHUP)
+        wait_until(lambda: not before & {*service.workers(), *second.workers()})
+        load.go_on(votes=100)
+    verify(load, service, statuses=(200, 303))
+
+
+def test_two_hundred_votes_at_once(database, verify):
+    with Service(database) as service, Load(service, voters=200, pause=0.001) as load:
+        load.go_on(votes=2000)
+    verify(load, service, statuses=(200, 303))

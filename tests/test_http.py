@@ -64,7 +64,7 @@ def test_without_a_database_the_answer_is_503(serve, caplog):
     with ThreadPoolExecutor(2) as visitors:  # one tries to read, one waits for that
         for answer in visitors.map(lambda _: get(application, "/"), range(2)):
             assert answer.status == 503
-            assert "Our database does not answer" in answer.text
+            assert "We had no answer from our database in time" in answer.text
             assert "your vote was not counted" not in answer.text  # whoever only looks has cast none
             assert int(answer.headers["Retry-After"]) > 0
     assert "the database is away, or connecting to it takes longer" in caplog.text
@@ -261,7 +261,7 @@ def test_votes_wait_for_a_turn_for_a_while_and_hardly_after_one_has_failed(appli
         ThreadPoolExecutor(1) as voters,
     ):
         for answer in answers:
-            assert "Our database does not answer: your vote was not counted" in answer.result().text
+            assert "We had no answer from our database in time: your vote was not counted" in answer.result().text
         assert time.monotonic() - started_at < 3.5  # no second statement was tried meanwhile
         first = voters.submit(vote, application)
         wait_until(application.catvote.vote_store.turn.locked)

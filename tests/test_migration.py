@@ -5,14 +5,18 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+import client
 import psycopg
 import pytest
 from conftest import new_database
 from faults import Network
 from local import ROOT
+from local.processes import wait_until
+from local.service import Service
 from psycopg import errors
 from psycopg.conninfo import make_conninfo
 from sessions import (
+    ISOLATION_LEVELS,
     SCHEMA,
     at_once,
     hours,
@@ -36,11 +40,11 @@ OLD_VOTES = """
 """
 
 
-@pytest.fixture
+@pytest.fixture(params=EARLIER_SCHEMAS)
 def earlier_database(request, empty_database):
-    """URL of a database that an earlier version made, by default the second, with votes."""
+    """URL of a database that an earlier version made, with votes."""
     with psycopg.connect(empty_database, autocommit=True) as connection:
-        connection.execute(EARLIER_SCHEMAS[getattr(request, "param", "second")])
+        connection.execute(EARLIER_SCHEMAS[request.param])
         connection.execute(OLD_VOTES)
     return empty_database
 
@@ -48,6 +52,7 @@ def earlier_database(request, empty_database):
 # Applied again, to a database where nothing is odd
 
 
+@on_every_major
 def test_applying_the_schema_again_changes_nothing(connection, database, server):
     def dump():
         return [line for line in run(server, "pg_dump", database).splitlines() if "restrict" not in line]
@@ -59,6 +64,7 @@ def test_applying_the_schema_again_changes_nothing(connection, database, server)
     assert dump() == before
 
 
+@on_every_major
 def test_eight_sessions_at_once_may_apply_the_schema_to_an_empty_database(empty_database, connect):
     at_once(8, empty_database, lambda connection, number: connection.execute(SCHEMA))
     connection = connect(empty_database)
@@ -91,6 +97,7 @@ def test_the_schema_gives_way_to_a_long_report_and_votes_do_not_wait(connection,
         applied.result(timeout=10)
 
 
+@on_every_major
 def test_the_owner_of_a_database_need_not_be_a_superuser(server, empty_database, connect):
     with psycopg.connect(server.url(), autocommit=True) as superuser:
         superuser.execute("CREATE ROLE database_owner LOGIN PASSWORD 'secret'")
@@ -117,7 +124,10 @@ CHANGES = """
 ACCIDENTS = {
     "a trigger was dropped": "DROP TRIGGER votes_count_insert ON votes" + CHANGES,
     "a trigger was disabled": "ALTER TABLE votes DISABLE TRIGGER votes_count_delete" + CHANGES,
+    "all triggers were disabled": "ALTER TABLE votes DISABLE TRIGGER USER" + CHANGES,
     "tally was dropped": "DROP TABLE tally CASCADE",
+    "tally was dropped, the triggers disabled": "DROP TABLE tally CASCADE; ALTER TABLE votes DISABLE TRIGGER USER"
+    + CHANGES,
     "tally was emptied": "DELETE FROM tally",
     "votes was dropped": "DROP TABLE votes CASCADE",
 }
@@ -173,10 +183,12 @@ def test_the_schema_waits_for_rows_that_are_just_coming(connection, database, co
     assert next_row_id(connection) == 52
 
 
-def test_the_schema_never_moves_a_sequence_back(connection, database):
+@pytest.mark.parametrize("row_ids", [[], [-5], [3]])
+def test_the_schema_never_moves_a_sequence_back(connection, database, row_ids):
     vote(connection, *["Pita"] * 100)
     connection.execute("DELETE FROM votes; DELETE FROM tally")
-    copy_in(connection, 3)
+    for row_id in row_ids:
+        copy_in(connection, row_id)
     connection.execute("DROP TRIGGER votes_count_insert ON votes")
     initdb(database)
     assert next_row_id(connection) == 101
@@ -185,7 +197,6 @@ def test_the_schema_never_moves_a_sequence_back(connection, database):
 # Brought forward
 
 
-@pytest.mark.parametrize("earlier_database", EARLIER_SCHEMAS, indirect=True)
 @on_every_major
 def test_an_earlier_version_becomes_as_a_new_one_without_a_change_to_votes_or_rights(server, earlier_database, connect):
     def structure(url):
@@ -211,9 +222,69 @@ def test_an_earlier_version_becomes_as_a_new_one_without_a_change_to_votes_or_ri
     connection.execute("DROP OWNED BY earlier_service; DROP ROLE earlier_service")
 
 
-def test_the_first_tally_has_all_votes_of_an_older_table(empty_database, connect):
+def old_code(session, ended):
+    """Vote and look as the earlier versions' catvote.py does, until the event; return the number of votes cast."""
+    cast = seen = 0
+    while not ended.is_set():
+        session.execute("INSERT INTO public.votes (vote) SELECT unnest(%s::text[])", [["Pita", "Gummi"]])
+        cast += 2
+        now = sum(votes for _, votes in session.execute("SELECT vote, votes FROM public.vote_totals"))
+        assert seen + 2 <= now
+        seen = now
+        history = """
+            SELECT extract(epoch FROM hour)::bigint, vote, votes
+            FROM public.votes_by_hour
+            WHERE hour > now() - interval '30 days' AND hour <= now()
+        """
+        assert sum(votes for _, _, votes in session.execute(history)) >= cast
+    return cast
+
+
+def new_code(service, ended):
+    """Vote as a visitor does, until the event; return the number of votes that were acknowledged."""
+    acknowledged = 0
+    while not ended.is_set():
+        answer = client.vote(service)
+        assert answer.status in (303, 503)
+        acknowledged += answer.status == 303
+    return acknowledged
+
+
+@pytest.mark.parametrize(
+    ("earlier_database", "votes"),
+    [("first", 5), ("second", 5), ("second", 1_000_000)],
+    indirect=["earlier_database"],
+)
+def test_no_vote_of_old_or_new_code_is_lost_as_an_earlier_version_is_brought_forward(earlier_database, connect, votes):
+    connection = connect(earlier_database)
+    connection.execute(
+        """
+        INSERT INTO votes (date_created, vote)
+        SELECT now() - random() * interval '300 days', 'Pita' FROM generate_series(1, %s) ORDER BY 1
+        """,
+        [votes - 5],
+    )
+    voted = "SELECT count(*) FROM votes"
+    ended = Event()
+    with Service(earlier_database) as service, ThreadPoolExecutor() as executor:
+        casting = [executor.submit(old_code, connect(earlier_database), ended) for _ in range(2)]
+        casting += [executor.submit(new_code, service, ended) for _ in range(2)]
+        try:
+            for _ in range(2):
+                before = connection.execute(voted).fetchone()[0]
+                wait_until(lambda: connection.execute(voted).fetchone()[0] > before + 20)  # noqa: B023
+                initdb(earlier_database)
+        finally:
+            ended.set()
+        cast = sum(each.result() for each in casting)
+    assert sum(totals(connection).values()) == votes + cast
+    assert inexact(connection) == []
+
+
+@pytest.mark.parametrize("isolation", ISOLATION_LEVELS)
+def test_the_first_tally_has_all_votes_of_an_older_table(empty_database, connect, isolation):
     connection, voter = connect(empty_database), connect(empty_database)
-    connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = serializable")
+    connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = '{isolation}'")
     connection.execute(
         """
         CREATE TABLE votes (
@@ -251,9 +322,10 @@ def test_the_schema_gives_way_before_a_vote_behind_it_is_given_up(earlier_databa
         applied.result(timeout=10)
 
 
-def test_slow_readers_keep_no_vote_waiting_for_the_schema(earlier_database, connect):
+@pytest.mark.parametrize("view", ["votes_by_hour", "vote_totals"])
+def test_slow_readers_keep_no_vote_waiting_for_the_schema(earlier_database, connect, view):
     connection, reader, applying = (connect(earlier_database) for _ in range(3))
-    reader.execute("BEGIN; SELECT * FROM votes_by_hour")
+    reader.execute(f"BEGIN; SELECT * FROM {view}")
     applied = applying.start(SCHEMA)
     wait_until_blocked(connection, applying)
     connection.execute("SET lock_timeout = '300ms'")
@@ -283,15 +355,11 @@ def test_readers_and_the_schema_do_not_wait_for_each_other_in_a_circle(earlier_d
 def test_over_a_slow_line_no_vote_is_kept_waiting_for_a_visitors_patience(server, earlier_database, connect):
     ended = Event()
 
-    def cast(voter):
-        voter.execute("SET lock_timeout = '2s'")
-        votes = 0
-        while not ended.is_set():
-            vote(voter, "Pita")
-            votes += 1
-        return votes
+    def cast(session):
+        session.execute("SET lock_timeout = '2s'")
+        return old_code(session, ended)
 
-    with Network(earlier_database, round_trip=0.15) as network, ThreadPoolExecutor() as executor:
+    with Network(earlier_database, round_trip=0.25) as network, ThreadPoolExecutor() as executor:
         casting = [executor.submit(cast, connect(earlier_database)) for _ in range(3)]
         try:
             psql(server, network.url, SCHEMA)
@@ -303,12 +371,14 @@ def test_over_a_slow_line_no_vote_is_kept_waiting_for_a_visitors_patience(server
     assert inexact(connection) == []
 
 
-def test_a_psql_that_is_stopped_frees_its_locks(server, earlier_database, connect):
+@pytest.mark.parametrize("last_words", ["'catvote schema'));\n", "END\n$$;\n"], ids=["early", "before COMMIT"])
+def test_a_psql_that_is_stopped_frees_its_locks(server, earlier_database, connect, last_words):
     connection = connect(earlier_database)
+    before, last, _ = SCHEMA.rpartition(last_words)
     command = [server.bindir / "psql", "-Xq", "--output=/dev/null", earlier_database]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         try:
-            print(SCHEMA.rpartition("COMMIT;")[0] + "\\warn done", file=program.stdin, flush=True)
+            print(before + last + "\\warn done", file=program.stdin, flush=True)
             assert program.stderr.readline() == "done\n"
             program.send_signal(signal.SIGSTOP)
             connection.execute("SET lock_timeout = '10s'")
@@ -322,6 +392,7 @@ def test_a_psql_that_is_stopped_frees_its_locks(server, earlier_database, connec
 # Dump and restore
 
 
+@on_every_major
 def test_a_restored_database_is_exact_and_goes_on_counting(connection, database, server, connect):
     vote(connection, "Pita", "Gummi", "Pita")
     dump = run(server, "pg_dump", database)
@@ -332,3 +403,52 @@ def test_a_restored_database_is_exact_and_goes_on_counting(connection, database,
         assert totals(restored) == {"Gummi": 2, "Pita": 2}
         assert inexact(restored) == []
         restored.close()
+
+
+# Votes of the earlier application
+
+RECIPE = """
+BEGIN; ALTER TABLE model RENAME TO model_copied;
+INSERT INTO votes (date_created, vote) SELECT date_created AT TIME ZONE 'UTC', vote FROM model_copied
+WHERE vote IN ('Gummi', 'Pita') ORDER BY row_id; COMMIT;
+"""
+
+
+@pytest.fixture
+def earlier_application(connection):
+    """The table of the earlier Flask application, with votes of which not all are for a cat."""
+    connection.execute(
+        """
+        SET timezone = 'Asia/Tokyo';
+        CREATE TABLE model (row_id serial PRIMARY KEY, date_created timestamp DEFAULT now(), vote varchar);
+        INSERT INTO model (row_id, date_created, vote)
+        VALUES (3, '2015-03-01 12:00', 'Pita'), (1, '2015-01-01 12:00', 'Gummi'), (2, '2015-02-01 12:00', 'Dog'),
+               (4, '2015-04-01 12:00', 'Pita'), (5, '2015-05-01 12:00', NULL);
+        SELECT setval('model_row_id_seq', 5);
+        """
+    )
+
+
+def test_the_recipe_copies_votes_for_cats_in_their_order_and_but_once(connection, earlier_application):
+    connection.execute(RECIPE)
+    connection.execute("SET timezone = 'UTC'")
+    assert connection.execute("SELECT row_id, date_created::text, vote FROM votes ORDER BY row_id").fetchall() == [
+        (1, "2015-01-01 12:00:00+00", "Gummi"),
+        (2, "2015-03-01 12:00:00+00", "Pita"),
+        (3, "2015-04-01 12:00:00+00", "Pita"),
+    ]
+    assert inexact(connection) == []
+    with pytest.raises(errors.UndefinedTable):
+        connection.execute(RECIPE)
+
+
+def test_the_recipe_copies_votes_that_the_earlier_application_is_casting(
+    connection, earlier_application, database, connect
+):
+    earlier, copying = connect(database), connect(database)
+    earlier.execute("BEGIN; INSERT INTO model (vote) VALUES ('Gummi')")
+    copied = copying.start(RECIPE)
+    wait_until_blocked(connection, copying)
+    earlier.execute("COMMIT")
+    copied.result()
+    assert totals(connection) == {"Gummi": 2, "Pita": 2}

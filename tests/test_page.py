@@ -336,7 +336,11 @@ def test_an_unknown_page_leads_to_the_cats(visit):
 @pytest.mark.parametrize(
     ("trouble", "told", "step"),
     [
-        ("NOT_IN_TIME", "does not answer: your vote was not counted", "Vote again in a few seconds"),
+        (
+            "NOT_IN_TIME",
+            "no answer from our database in time: your vote was not counted",
+            "Vote again in a few seconds",
+        ),
         ("UNCERTAIN", "your vote could not be confirmed", "Look at the tally before you vote again"),
         ("a mistake of ours", "your vote could not be confirmed", "Look at the tally before you vote again"),
     ],

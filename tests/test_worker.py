@@ -6,16 +6,20 @@ What they are for `make dev` is tested with it, in test_startup.py and test_mach
 import re
 import resource
 import runpy
+import shutil
 import signal
 import socket
+import ssl
 import struct
+import subprocess
 import time
 from contextlib import ExitStack, contextmanager
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
 
 import pytest
 from client import FORM, get, listen, read, vote, write
+from conftest import missing
 from local import ROOT
 from local.processes import wait_until
 from local.service import Service
@@ -88,15 +92,44 @@ def test_who_stops_in_mid_request_keeps_no_thread_for_ever(altered):
         assert get(service, "/").status == 200
 
 
-def test_who_is_refused_in_mid_body_can_go_on_and_read_why(shared_service):
-    with visitors(shared_service, 1, REFUSED_IN_MID_BODY) as (visitor,):
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """Path of a certificate for localhost; its key is beside it."""
+    if not shutil.which("openssl"):
+        missing("no openssl: apt-get install openssl")
+    folder = tmp_path_factory.mktemp("certificate")
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out certificate"
+    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
+    return folder / "certificate"
+
+
+@pytest.fixture(scope="module")
+def tls_service(shared_database, certificate):
+    """The service by https."""
+    arguments = f"--certfile={certificate} --keyfile={certificate.with_name('key')}"
+    with Service(shared_database, GUNICORN_CMD_ARGS=arguments) as service:
+        yield service
+
+
+@pytest.fixture(params=["shared_service", "tls_service"], ids=["http", "https"])
+def any_service(request):
+    """The service by http, and by https."""
+    return request.getfixturevalue(request.param)
+
+
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service, tls_service, certificate):
+    with visitors(any_service, 1) as (visitor,):
+        if any_service is tls_service:
+            trusting = ssl.create_default_context(cafile=certificate)
+            visitor = trusting.wrap_socket(visitor, server_hostname="localhost")
+        visitor.sendall(REFUSED_IN_MID_BODY)
         for _ in range(10):
             time.sleep(0.1)  # as over a slow line
             visitor.sendall(b"a" * 100)
-        visitor.shutdown(socket.SHUT_WR)
-        (answer,) = read(listen(visitor))
-    assert answer.status == 413
-    assert "none was counted" in answer.text
+        answer = HTTPResponse(visitor)
+        answer.begin()
+        assert answer.status == 413
+        assert b"none was counted" in answer.read()
 
 
 def assert_none_ended(service, before):
@@ -107,21 +140,21 @@ def assert_none_ended(service, before):
     assert service.workers() == before
 
 
-def test_no_worker_ends_when_visitors_break_off(shared_service):
-    files = {worker: worker.num_fds() for worker in workers_of(shared_service)}
+def test_no_worker_ends_when_visitors_break_off(any_service):
+    files = {worker: worker.num_fds() for worker in workers_of(any_service)}
     for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
-        with visitors(shared_service, 10, said):
+        with visitors(any_service, 10, said):
             pass
-        with visitors(shared_service, 10, said) as breaking_off:
+        with visitors(any_service, 10, said) as breaking_off:
             for visitor in breaking_off:
                 visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
                 if said == LAST:
                     visitor.recv(1)
-    with visitors(shared_service, 30, LAST) as staying:  # the last whom the workers have to close
+    with visitors(any_service, 30, LAST) as staying:  # the last whom the workers have to close
         for visitor in staying:
             visitor.recv(1)
         wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
-    assert_none_ended(shared_service, [*files])
+    assert_none_ended(any_service, [*files])
 
 
 # An application that fails in the middle of its answers.
@@ -139,7 +172,8 @@ def test_no_worker_ends_when_an_answer_breaks_off(altered):
     with altered(BREAK_OFF, WEB_CONCURRENCY="1") as service:
         (worker,) = workers_of(service, 1)
         with visitors(service, 1, LAST) as (visitor,):
-            listen(visitor)
+            while visitor.recv(1000):
+                pass
         with visitors(service, 1, b"nonsense\r\n\r\n") as (staying,):
             staying.recv(1)
             files = worker.num_fds()

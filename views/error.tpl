@@ -16,7 +16,7 @@ if trouble is None:
 elif trouble.name == "NOT_READY":
     cause = "Something is wrong with our database"
 else:
-    cause = "Our database does not answer"
+    cause = "We had no answer from our database in time"
 end
 uncertain = trouble is None or trouble.name == "UNCERTAIN"
 %>
