@@ -1,8 +1,8 @@
 """catvote: a web service that lets visitors vote for one of two cats dressed as donuts.
 
-A server such as gunicorn calls `app`, at the end of this file, for each request. From there Bottle calls the handler of
-the address, which asks the database and fills a template. While what the database said is fresh, pages made of it are
-sent again from memory.
+A server such as gunicorn calls `app`, at the end of this file, for each request, in one of many threads. From there
+Bottle calls the handler of the address, which asks the database and fills a template. While what the database said is
+fresh, pages made of it are sent again from memory.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def healthz():
 def static(name):
     """A file; a browser keeps it for a year if the address names the present version, else it has to ask again.
 
-    name -- unused: files are known by their whole path
+    name -- unused: files are known by their whole path, percent-encoded as `app` hands it to Bottle
     """
     content = files.get(f"{request.path}?{request.query_string}") or files.get(request.path)
     if not content:
@@ -160,7 +160,9 @@ def is_cross_origin(environ: dict) -> bool:
     default_port = {"http": ":80", "https": ":443"}.get(scheme, "")
     if host and address.removesuffix(default_port) == host.lower().removesuffix(default_port):
         return False
-    log.warning("refused a vote: Origin %r, Host %r; a proxy in front has to hand on the visitor's Host", origin, host)
+    log.warning(
+        "refused a vote: Origin %r, Host %r; if both are this site, a proxy does not hand on the Host", origin, host
+    )
     return True
 
 
@@ -191,7 +193,7 @@ def read_body(limit: int) -> bytes:
 class Unavailable(HTTPError):
     """The answer 503: the database could not be asked, or did not do it.
 
-    trouble -- says which; None if another visitor is still asking, and nobody has had an answer yet
+    trouble -- says which; None if another visitor is still asking, and the last attempt, if any, has not failed
     """
 
     def __init__(self, trouble: Trouble | None):
@@ -319,8 +321,8 @@ class VoteStore:
         self.turn = Lock()  # held by the leader whose batch is being stored
         self.joining = Lock()  # held for a moment, to join the next batch or to close it
         self.next_batch = Batch()
-        # Whether the last batch that had its turn failed, but not because it was REFUSED. Then the database is probably
-        # away, and nobody is kept waiting for it.
+        # Whether the last batch that had its turn failed, but not because it was REFUSED. Then something is wrong with
+        # the database, and the next leader waits for the turn only briefly.
         self.last_failed = False
 
     def store(self, vote: str) -> Trouble | None:
@@ -409,7 +411,7 @@ class Reading:
 
     @cached_property
     def as_outdated(self) -> Reading:
-        """The same rows again, for contents that say that they are outdated. It is made once, so those are kept, too."""
+        """The same rows again, for contents that say that they are outdated. It is kept, and so are those."""
         return Reading(self.rows, self.sent_at, outdated=True)
 
 
@@ -468,7 +470,7 @@ class Reader:
 
     def read(self, deadline: float) -> None:
         """Run the statement, and keep what comes of it: the Reading or the Trouble."""
-        if self.failed_within(0.2):  # at most five attempts, and lines in the log, a second
+        if self.failed_within(0.2):  # at most five attempts of a Reader, and lines in the log, a second
             sleep(0.2)
         try:
             with connection_until(deadline, cancel_patience=0.15) as connection:
@@ -567,7 +569,8 @@ class Connection(psycopg.Connection):
     def execute(self, *arguments, **options) -> psycopg.Cursor:
         """Run a statement; again if the server undid it because of another one at the same time.
 
-        That happens if the database's default isolation is a strict one, and two connections share a slot of the tally.
+        A SerializationFailure comes if the database's default isolation is a strict one, and two connections share a slot
+        of the tally; a deadlock, if somebody's transaction in psql locks the tally before `votes`.
         """
         while True:
             try:
@@ -590,8 +593,9 @@ class Connection(psycopg.Connection):
         except psycopg.OperationalError:
             if self.info.transaction_status is not TransactionStatus.ACTIVE:
                 raise  # nothing is under way: the connection is lost, or the server has answered by an error
-            # The statement is late. Each of these two raises a time-out if the server stays silent; the second raises
-            # QueryCanceled if the server confirms that nothing was done.
+            # The statement is late. The time-out has left `gen` whole: a second wait reads on where the first stopped.
+            # Both calls raise a time-out if the server stays silent; the second raises QueryCanceled if the server
+            # confirms that nothing was done.
             self.cancel_safe(timeout=self.cancel_patience)
             super().wait(gen, timeout=self.cancel_patience)
             # It reports success instead. That is not certain: with synchronous replication, a commit whose wait was
@@ -663,7 +667,7 @@ def open_pool() -> ConnectionPool:
     except RuntimeError:
         new_pool.close()
         raise
-    atexit.register(new_pool.close)  # else Python waits 5 s for each of its threads as a worker ends
+    atexit.register(new_pool.close)  # else a worker that ends waits 5 s for each of its threads
     return new_pool
 
 
@@ -674,7 +678,7 @@ def connection_settings(url: str) -> str:
         "connect_timeout": "5",  # seconds
         "keepalives_idle": "20",
         # Unless a certificate is named, libpq looks for one in HOME. Where it may not look, it connects without TLS, and
-        # says nothing.
+        # says nothing. A named file that does not exist is simply no certificate.
         "sslcert": os.environ.get("PGSSLCERT", "/nonexistent"),
     }
     encoding = {"client_encoding": "UTF8"}  # whatever the database, a role or the environment say
@@ -714,7 +718,7 @@ def initdb(url: str | None = None) -> None:
         connection.execute((FOLDER / "schema.sql").read_text("utf-8"))
 
 
-# What is made once, as the module is imported
+# Static files, and what the service is made of
 
 
 def visible_files(folder: Path) -> list[Path]:

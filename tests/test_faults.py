@@ -179,6 +179,19 @@ def test_a_frozen_server_process_holds_nobody_up(database, verify):
     verify(load, service)
 
 
+def test_a_reading_whose_server_process_is_frozen_holds_its_visitor_for_less_than_two_seconds(worker, database):
+    assert get(worker, "/").status == 200
+    time.sleep(1)  # then that is not fresh any more
+    with psycopg.connect(database) as connection, ThreadPoolExecutor() as executor:
+        connection.execute("LOCK TABLE tally")
+        started_at = time.monotonic()
+        visitor = executor.submit(get, worker, "/")
+        (pid,) = wait_until(lambda: backends(database, WAITING))
+        with frozen(pid):
+            assert visitor.result().outdated
+    assert time.monotonic() - started_at < 2.5
+
+
 def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(worker, database):
     assert vote(worker).status == 303
     assert len(backends(database)) == 1  # none before it is needed
@@ -254,7 +267,7 @@ def test_a_vote_that_lost_against_another_is_tried_again(worker, database, sqlst
     assert sql(database, "SELECT vote FROM votes") == [("Pita",)]
 
 
-def test_a_vote_that_always_loses_is_tried_a_hundred_times_a_second_at_most_and_not_cancelled(application, monkeypatch):
+def test_a_vote_that_always_loses_is_tried_a_hundred_times_a_second_and_not_cancelled(application, monkeypatch):
     cancelled, tries = [], []
     execute = psycopg.Connection.execute
 
@@ -266,7 +279,7 @@ def test_a_vote_that_always_loses_is_tried_a_hundred_times_a_second_at_most_and_
     monkeypatch.setattr(application.catvote.Connection, "cancel_safe", lambda *_, **__: cancelled.append(1))
     assert vote(application).not_counted
     assert 10 < len(tries) <= 201  # in two seconds
-    assert not cancelled
+    assert len(cancelled) <= 1  # the last one may be late
 
 
 # The way to the server

@@ -35,7 +35,7 @@ def test_votes_from_pages_of_other_sites_are_refused(shared_service, take_votes,
 
 def test_the_log_names_host_when_a_proxy_does_not_hand_it_on(application, caplog):
     assert vote(application, "Host: 127.0.0.1:8000", OWN).status == 403
-    assert f"Origin 'http://{HOST}', Host '127.0.0.1:8000'; a proxy in front has to hand on" in caplog.text
+    assert f"Origin 'http://{HOST}', Host '127.0.0.1:8000'; if both are this site, a proxy" in caplog.text
 
 
 # Headers on every answer
