@@ -87,8 +87,9 @@ class Contestant(Service):
             return answer.read().decode()
 
     def files(self):
-        """Return the addresses of the files that a browser loads with the page."""
-        return list(dict.fromkeys(re.findall(r'(?:href|src)="(/static/[^"]+)"', self.get("/"))))
+        """Return the addresses of the files that a browser loads with the page, the stylesheet first."""
+        linked = dict.fromkeys(re.findall(r'(?:href|src)="(/static/[^"]+)"', self.get("/")))
+        return sorted(linked, key=lambda file: ".css" not in file)
 
     def begin_turn(self):
         """Forget all votes, unless there were some beforehand."""

@@ -22,22 +22,24 @@ THREE_WAYS = ["catvote", "the Flask way", "the async way"]
 FOUR_WAYS = [*THREE_WAYS, "bare Bottle"]
 
 
-def loads(*files):
+def loads(stylesheet, *other_files):
     """Return {row: (requests that are sent in turn, again and again; columns that have this row)}."""
-    visit = ["GET /", *[f"GET {file}" for file in files]]
-    visit += ["POST /add", "GET /?voted=Pita", *["POLL /tally.json"] * 10]
+    files = [f"GET {file}" for file in (stylesheet, *other_files)]
+    visit = ["GET /", *files, "POST /add", "GET /?voted=Pita", *["POLL /tally.json"] * 10]
     return {
         "GET /": (["GET /"], [*FOUR_WAYS, "beside"]),
         "GET /?voted=Pita": (["GET /?voted=Pita"], [*THREE_WAYS, "beside"]),
+        "the stylesheet": (files[:1], FOUR_WAYS),
         "GET /tally.json": (["GET /tally.json"], [*FOUR_WAYS, "beside"]),
         "GET /tally.json, with its tag": (["POLL /tally.json"], THREE_WAYS),
         "GET /history": (["GET /history"], ["catvote", "bare Bottle", "beside"]),
         "POST /add": (["POST /add"], [*FOUR_WAYS, "without database", "beside"]),
+        "nine GET / and one POST /add": ([*["GET /"] * 9, "POST /add"], THREE_WAYS),
         "a visit": (visit, [*THREE_WAYS, "beside"]),
     }
 
 
-ROWS = list(loads())
+ROWS = list(loads("stylesheet"))
 
 
 def measures(contestants, options):
