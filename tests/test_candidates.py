@@ -161,7 +161,14 @@ def lines(page, selector):
     })""")
 
 
+@pytest.mark.usefixtures("browser")  # `make card` draws by the same program
 def test_the_card_for_chats_is_drawn_from_their_pictures(folder):
-    before = (folder / "static/card.png").read_bytes()
-    assert make(folder, "card").returncode == 0
-    assert (folder / "static/card.png").read_bytes() != before
+    picture, cards = folder / "static/icon.svg", []
+    for text in (
+        picture.read_text(),
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9"><path d="M0 0 9 9 9 0"/></svg>',
+    ):
+        picture.write_text(text)
+        assert make(folder, "card").returncode == 0
+        cards.append((folder / "static/card.png").read_bytes())
+    assert cards[0] != cards[1]

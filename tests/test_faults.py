@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from client import get, vote
 from conftest import missing, new_database, unsurprised
-from faults import Network, backends, end_sessions, frozen, kill, recovery, sql
+from faults import Network, at_each_vote, backends, end_sessions, frozen, kill, recovery, sql
 from load import Load
 from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
@@ -87,7 +87,7 @@ def test_a_restart_that_nobody_noticed_fails_no_vote(server, database, verify):
     with Service(database) as service:
         with Load(service, pause=0) as load, psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
-            wait_until(lambda: len(backends(database)) >= 3)  # so more than one of a worker
+            wait_until(lambda: len(backends(database)) >= 3)  # of two workers, so one has several
             connection.rollback()
         server.terminate()
         server.start()
@@ -189,7 +189,7 @@ def test_a_reading_whose_server_process_is_frozen_holds_its_visitor_for_less_tha
         (pid,) = wait_until(lambda: backends(database, WAITING))
         with frozen(pid):
             assert visitor.result().outdated
-    assert time.monotonic() - started_at < 2.5
+            assert time.monotonic() - started_at < 2
 
 
 def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(worker, database):
@@ -215,13 +215,7 @@ SETTINGS = {"read-only": ("default_transaction_read_only", "on"), "short of time
 
 @pytest.mark.parametrize(("name", "value"), SETTINGS.values(), ids=SETTINGS)
 def test_votes_count_soon_after_the_database_takes_them_again(server, worker, database, name, value):
-    sql(
-        database,
-        """
-        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.4); RETURN NULL; END';
-        CREATE TRIGGER dawdle AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION dawdle();
-        """,
-    )
+    at_each_vote(database, "PERFORM pg_sleep(0.4)")
     alter = f"ALTER DATABASE {database.rpartition('/')[2]}"
     sql(server.url(), f"{alter} SET {name} = '{value}'")
     assert vote(worker).not_counted
@@ -235,34 +229,10 @@ def test_votes_count_soon_after_the_database_takes_them_again(server, worker, da
     assert not stale & {*backends(database)}  # pages have left them, too: they may be another server's
 
 
-def test_no_vote_is_refused_for_one_that_came_at_the_same_time(database, verify):
-    with psycopg.connect(database, autocommit=True) as connection:
-        (function,) = connection.execute("SELECT pg_get_functiondef('count_votes()'::regprocedure)").fetchone()
-        assert "% 32" in function
-        connection.execute(function.replace("% 32", "% 1"))  # all sessions share a counter
-        connection.execute(
-            f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = 'repeatable read'"
-        )
-    with Service(database) as service, Load(service) as load:
-        load.go_on(votes=300)
-    verify(load, service, statuses=(200, 303))
-
-
 @pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
 def test_a_vote_that_lost_against_another_is_tried_again(worker, database, sqlstate):
-    sql(
-        database,
-        f"""
-        CREATE SEQUENCE tries;
-        CREATE FUNCTION lose_once() RETURNS trigger LANGUAGE plpgsql AS $$
-            BEGIN
-                IF nextval('public.tries') = 1 THEN RAISE 'lost' USING ERRCODE = '{sqlstate}'; END IF;
-                RETURN NULL;
-            END
-        $$;
-        CREATE TRIGGER lose_once AFTER INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION lose_once();
-        """,
-    )
+    sql(database, "CREATE SEQUENCE tries")
+    at_each_vote(database, f"IF nextval('public.tries') = 1 THEN RAISE 'lost' USING ERRCODE = '{sqlstate}'; END IF")
     assert vote(worker).status == 303
     assert sql(database, "SELECT vote FROM votes") == [("Pita",)]
 
@@ -308,9 +278,9 @@ def test_a_network_that_forgets_and_connects_slowly_costs_nobody_anything(databa
 
 
 def test_a_connection_is_kept_while_it_is_used(application, shared_database):
-    application.catvote.UNUSED_TOO_LONG = 1
+    application.catvote.UNUSED_TOO_LONG = 2
     used = set()
-    for pause in 0.6, 0.6, 0.6, 1.2:
+    for pause in 1.1, 1.1, 1.1, 2.2:
         assert vote(application).status == 303
         used |= {*backends(shared_database)}
         assert len(used) == 1
@@ -474,10 +444,4 @@ def test_a_reload_and_a_second_instance_fail_no_request_and_share_the_tally(data
             instance.process.send_signal(signal.SIGHUP)
         wait_until(lambda: not before & {*service.workers(), *second.workers()})
         load.go_on(votes=100)
-    verify(load, service, statuses=(200, 303))
-
-
-def test_two_hundred_votes_at_once(database, verify):
-    with Service(database) as service, Load(service, voters=200, pause=0.001) as load:
-        load.go_on(votes=2000)
     verify(load, service, statuses=(200, 303))

@@ -213,7 +213,9 @@ def votes_held_up(application, database, cats):
     """Cast votes for these cats while the first of them is held up: for the block, which gets their futures."""
     with ThreadPoolExecutor(len(cats)) as voters, psycopg.connect(database) as connection:
         connection.execute("LOCK TABLE votes")
-        answers = [voters.submit(vote, application, body=f"vote={cat}".encode()) for cat in cats]
+        answers = [voters.submit(vote, application, body=f"vote={cats[0]}".encode())]
+        wait_until(application.catvote.vote_store.turn.locked)
+        answers += [voters.submit(vote, application, body=f"vote={cat}".encode()) for cat in cats[1:]]
         wait_until(lambda: len(application.catvote.vote_store.next_batch.votes) == len(cats) - 1)
         yield connection, answers
 
@@ -228,7 +230,7 @@ def test_votes_that_come_while_one_is_stored_are_stored_together(application, sh
 
 def test_votes_that_are_stored_together_share_their_fate(application, shared_database):
     with votes_held_up(application, shared_database, ["Pita"] * 5) as (_, answers):
-        for _ in "the first", "the others":
+        for _ in range(2):  # the first, then the others
             wait_until(lambda: backends(shared_database, "wait_event_type = 'Lock'"))
             end_sessions(shared_database)  # they have the votes, and nobody says whether they stored them
     assert [answer.result().unconfirmed for answer in answers] == [True] * 5
@@ -245,12 +247,12 @@ def test_a_cat_that_is_gone_spoils_no_other_vote(serve, database, connection):
 
 
 def test_whatever_goes_wrong_every_voter_hears_of_it(application, shared_database, monkeypatch):
-    with votes_held_up(application, shared_database, ["Pita"] * 5) as (connection, answers):
-        monkeypatch.setattr(application.catvote, "insert", lambda votes: 1 / 0)
-        connection.rollback()
-    told = Counter(answer.result().unconfirmed for answer in answers if answer.result().status != 303)
+    with monkeypatch.context() as patch:
+        with votes_held_up(application, shared_database, ["Pita"] * 5) as (connection, answers):
+            patch.setattr(application.catvote, "insert", lambda votes: 1 / 0)
+            connection.rollback()
+        told = Counter(answer.result().unconfirmed for answer in answers if answer.result().status != 303)
     assert told == {True: 3, False: 1}  # the leader gets 500
-    monkeypatch.undo()
     assert vote(application).status == 303
 
 

@@ -198,10 +198,10 @@ def test_visitors_who_come_at_the_same_moment_are_shared_by_the_workers(shared_d
 
 
 def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
-    with visitors(shared_service, 1, write("GET", "/") * 14 + LAST) as (visitor,):
+    with visitors(shared_service, 1, write("GET", "/") * 99 + LAST) as (visitor,):
         answers = []
-        assert seconds_for(lambda: answers.extend(read(listen(visitor)))) < 0.5
-    assert [answer.status for answer in answers] == [200] * 15
+        assert seconds_for(lambda: answers.extend(read(listen(visitor)))) < 2.5
+    assert [answer.status for answer in answers] == [200] * 100
 
 
 def test_no_header_of_a_visitor_changes_the_path(shared_service):
@@ -268,8 +268,9 @@ def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
     with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
         before = workers_of(service, 1)
         with visitors(service, 150, write("GET", "/static/icon.svg")):
+            said = wait_until(lambda: service.log.count("cannot accept"))
             # It says so ten times a second, and does not try all the time.
-            assert seconds_for(lambda: wait_until(lambda: service.log.count("cannot accept") >= 5)) > 0.3
+            assert seconds_for(lambda: wait_until(lambda: service.log.count("cannot accept") >= said + 5)) > 0.3
         assert get(service, "/static/icon.svg").status == 200
         assert service.workers() == before
 
