@@ -140,7 +140,7 @@ def test_a_locked_table_delays_votes_only_and_stores_none_later(database, verify
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             locked_at = time.monotonic()
-            time.sleep(5)  # longer than a statement may take, and no multiple of that
+            time.sleep(3)  # longer than a statement may take, and no multiple of that
         freed_at = time.monotonic()
         load.go_on(votes=200)
     recovered = recovery(load, freed_at)
