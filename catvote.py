@@ -105,7 +105,7 @@ def tally_json():
     # Not to be kept: after a later 304 a browser would still show the Age of the answer that it kept.
     headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
     headers["Age"] = str(int(monotonic() - reading.sent_at))
-    return HTTPResponse(make_tally_json(reading).body, headers=headers)
+    return HTTPResponse(reading.content(make_tally_json).body, headers=headers)
 
 
 @routes.get("/history")
@@ -118,7 +118,7 @@ def history_page():
 def healthz():
     """For a platform that asks: 200 if tally and history can be read from the database now, else 503; within 4 seconds.
 
-    It is a 503, too, if another visitor's reading, which it waits for, takes too long.
+    It is a 503, too, if another visitor is reading, and that takes longer than `reading_since` waits.
     """
     asked_at = monotonic()
     for reader in tally, history:
@@ -127,12 +127,10 @@ def healthz():
     return HTTPResponse("ok\n", headers={"Content-Type": "text/plain", "Cache-Control": "no-store"})
 
 
-@routes.get("/static/<name:path>")
-def static(name):
-    """A file; a browser keeps it for a year if the address names the present version, else it has to ask again.
-
-    name -- unused: files are known by their whole path, percent-encoded as `app` hands it to Bottle
-    """
+@routes.get("/static/<:path>")
+def static():
+    """A file; a browser keeps it for a year if the address names the present version, else it has to ask again."""
+    # Files are known by their whole path, percent-encoded as `app` hands it to Bottle.
     content = files.get(f"{request.path}?{request.query_string}") or files.get(request.path)
     if not content:
         raise HTTPError(404)
@@ -193,7 +191,7 @@ def read_body(limit: int) -> bytes:
 class Unavailable(HTTPError):
     """The answer 503: the database could not be asked, or did not do it.
 
-    trouble -- says which; None if another visitor is still asking, and the last attempt, if any, has not failed
+    trouble -- says which. None comes from a Reader: another visitor is still reading, and the last attempt has not failed
     """
 
     def __init__(self, trouble: Trouble | None):
@@ -328,7 +326,7 @@ class VoteStore:
     def store(self, vote: str) -> Trouble | None:
         """Store a vote; return None once it is committed, else the Trouble.
 
-        Takes 5.5 seconds at most: 1.5 for the turn, 2 for the database, and 2 for its answer to a cancel.
+        Takes 5.5 seconds at most: 1.5 for the turn, 2 for the database, and twice 1 for a cancel.
         """
         with self.joining:
             batch = self.next_batch
@@ -379,7 +377,8 @@ def insert_together(votes: list[str], deadline: float) -> Trouble | None:
 
 # Tally and history. A visitor who needs a newer reading makes it, for all who need one at that moment.
 
-# Names with their schema, hours as seconds: no setting of the database, a role or the environment changes the rows.
+# Names with their schema, hours as seconds: no setting of the database, a role or the environment changes the rows. Votes
+# may be dated in the future.
 TALLY = "SELECT vote, votes FROM public.vote_totals"
 HISTORY = """
     SELECT extract(epoch FROM hour), vote, votes
@@ -549,7 +548,7 @@ def log_error(error: Exception) -> None:
     """Tell the operator of an error: the database's own words in one line, and advice if we have any."""
     advice = ""
     if isinstance(error, PoolTimeout):
-        advice = " (the database is away, or connecting to it takes longer than that)"
+        advice = " (the database is away, or connecting to it takes too long)"
     if isinstance(error, psycopg.errors.UndefinedTable | psycopg.errors.UndefinedColumn):
         advice = " (schema.sql is not applied, or an older one: make initdb)"
     if isinstance(error, psycopg.errors.UniqueViolation):
@@ -569,8 +568,8 @@ class Connection(psycopg.Connection):
     def execute(self, *arguments, **options) -> psycopg.Cursor:
         """Run a statement; again if the server undid it because of another one at the same time.
 
-        A SerializationFailure comes if the database's default isolation is a strict one, and two connections share a slot
-        of the tally; a deadlock, if somebody's transaction in psql locks the tally before `votes`.
+        A SerializationFailure comes if the database's default isolation is a strict one, and two connections count in the
+        same row of the tally; a deadlock, if somebody's transaction in psql locks the tally before `votes`.
         """
         while True:
             try:
@@ -667,7 +666,7 @@ def open_pool() -> ConnectionPool:
     except RuntimeError:
         new_pool.close()
         raise
-    atexit.register(new_pool.close)  # else a worker that ends waits 5 s for each of its threads
+    atexit.register(new_pool.close)  # else a process that ends waits 5 s for each of the pool's threads
     return new_pool
 
 
@@ -676,7 +675,7 @@ def connection_settings(url: str) -> str:
     defaults = {
         "application_name": "catvote",
         "connect_timeout": "5",  # seconds
-        "keepalives_idle": "20",
+        "keepalives_idle": "20",  # seconds; for `initdb`, which may be silent for long
         # Unless a certificate is named, libpq looks for one in HOME. Where it may not look, it connects without TLS, and
         # says nothing. A named file that does not exist is simply no certificate.
         "sslcert": os.environ.get("PGSSLCERT", "/nonexistent"),

@@ -67,7 +67,7 @@ def test_without_a_database_the_answer_is_503(serve, caplog):
             assert "We had no answer from our database in time" in answer.text
             assert "your vote was not counted" not in answer.text  # whoever only looks has cast none
             assert int(answer.headers["Retry-After"]) > 0
-    assert "the database is away, or connecting to it takes longer" in caplog.text
+    assert "the database is away, or connecting to it takes too long" in caplog.text
 
 
 @pytest.mark.parametrize("target", ["/static/../catvote.py", "/static/nope?v=1", "/%FF"])

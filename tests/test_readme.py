@@ -81,7 +81,7 @@ def test_verbs_that_it_names_are_those_that_exist():
 
 def test_requests_that_it_lists_are_those_that_the_service_knows():
     known = {f"{route.method} {route.rule}" for route in catvote.routes.routes}
-    assert {request.replace("...", "<name:path>") for request in cells("request")} == known
+    assert {request.replace("...", "<:path>") for request in cells("request")} == known
 
 
 def test_variables_that_it_lists_are_those_that_are_read():
