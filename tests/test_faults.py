@@ -104,7 +104,7 @@ def test_the_service_starts_before_its_server(server, database, verify):
         assert get(service, "/").status == 503
         with Load(service, watchers=20) as load:
             began_at = time.monotonic()
-            time.sleep(3)
+            time.sleep(2)
             outage = began_at, time.monotonic()
             server.start()
             up_at = time.monotonic()
@@ -123,7 +123,7 @@ def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
         load.go_on(votes=500)
         with frozen(server.server_pid):
-            time.sleep(6)  # longer than a vote may take
+            time.sleep(5)  # longer than a vote may take
         thawed_at = time.monotonic()
         load.go_on(votes=1000)
     recovered = recovery(load, thawed_at)
