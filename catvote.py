@@ -103,8 +103,8 @@ def tally_json():
     if not reading.outdated:
         return answer_with(reading.content(make_tally_json))
     # Not to be kept: after a later 304 a browser would still show the Age of the answer that it kept.
-    headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
-    headers["Age"] = str(int(monotonic() - reading.sent_at))
+    age = str(int(monotonic() - reading.sent_at))
+    headers = {"Content-Type": "application/json", "Cache-Control": "no-store", "Age": age}
     return HTTPResponse(reading.content(make_tally_json).body, headers=headers)
 
 

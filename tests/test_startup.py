@@ -80,13 +80,18 @@ def vote_under_way(service):
         yield voter
 
 
-# Whoever runs the tests may ignore this signal, as a background process does.
-MAKE_RUN = "env --default-signal=INT make run"
+# Whoever runs the tests may ignore these signals, as nohup does.
+MAKE_RUN = "env --default-signal=HUP,INT make run"
 
 
-def test_it_ends_once_a_vote_under_way_is_stored_and_leaves_nothing_running(shared_project):
+@pytest.mark.parametrize(
+    ("kill", "number"),
+    [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)],
+    ids=["SIGTERM", "Ctrl-C", "terminal closed"],
+)
+def test_it_ends_once_a_vote_under_way_is_stored_and_leaves_nothing_running(kill, number, shared_project):
     with Running(shared_project, MAKE_RUN) as service, vote_under_way(service) as voter:
-        os.killpg(service.process.pid, signal.SIGINT)
+        kill(service.process.pid, number)
         wait_until(lambda: "Handling signal: term" in service.log)
         voter.sendall(b"vote=Pita")
         assert b" 303 " in voter.recv(100)
@@ -120,6 +125,14 @@ def test_after_sigkill_it_waits_for_the_old_server_and_starts_again_with_all_vot
         server.resume()
         wait_until(serves)
         assert get(service, "/?voted=Pita").votes == votes
+    assert nothing_runs_in(shared_project)
+
+
+def test_when_the_service_cannot_start_it_ends_without_a_traceback_and_leaves_nothing_running(shared_project):
+    ended = make(shared_project, "run", PORT=str(free_port()), GUNICORN_CMD_ARGS="--pid=nowhere/pid")
+    assert ended.returncode != 0
+    assert "The service did not start" in ended.stderr
+    assert "local/" not in ended.stderr
     assert nothing_runs_in(shared_project)
 
 
@@ -275,8 +288,9 @@ def test_a_dotenv_that_cannot_be_read_ends_a_verb_with_one_line(verb, put, proje
         "postgres://user:p@secret@host/db",
         "postgres://user:1/secret@host/db",
         "postgres://user:secret/db",
+        "postgres://user:secret%FF@host/db",
     ],
-    ids=["empty", "malformed URL", "@ in the password", "/ in the password", "password for a port"],
+    ids=["empty", "malformed URL", "@ in the password", "/ in the password", "password for a port", "not UTF-8"],
 )
 def test_a_wrong_database_url_is_named_in_one_line_without_its_value(url, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", url)
