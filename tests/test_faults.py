@@ -289,6 +289,10 @@ def test_a_connection_is_kept_while_it_is_used(application, shared_database):
     assert not used & {*backends(shared_database)}
 
 
+def test_a_connection_to_a_server_that_has_become_a_standby_is_left_within_five_minutes(application):
+    assert application.catvote.pool().max_lifetime == 300
+
+
 def test_a_database_that_takes_longer_to_connect_to_serves_within_the_patience_of_the_url(database):
     with (
         Network(database, delay=6) as network,

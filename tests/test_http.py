@@ -236,6 +236,21 @@ def test_votes_that_are_stored_together_share_their_fate(application, shared_dat
     assert [answer.result().unconfirmed for answer in answers] == [True] * 5
 
 
+def test_votes_that_join_slowly_are_stored_once_each(application, take_votes):
+    class SlowVotes(list):
+        def append(self, vote):
+            time.sleep(0.2)
+            super().append(vote)
+
+    application.catvote.vote_store.next_batch.votes = SlowVotes()
+    with ThreadPoolExecutor(2) as voters:
+        with application.catvote.vote_store.turn:
+            answers = [voters.submit(vote, application) for _ in range(2)]
+            time.sleep(0.3)  # the first leads, and could close the batch while the second joins it
+        assert [answer.result().status for answer in answers] == [303, 303]
+    assert take_votes() == ["Pita"] * 2
+
+
 def test_a_cat_that_is_gone_spoils_no_other_vote(serve, database, connection):
     application, cats = serve(database), ["Gummi", "Pita"] * 8
     connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat, ADD CHECK (vote = 'Gummi')")
@@ -244,6 +259,17 @@ def test_a_cat_that_is_gone_spoils_no_other_vote(serve, database, connection):
         time.sleep(0.5)  # a refused vote does not make those who wait impatient
         lock.rollback()
     assert [answer.result().status for answer in answers] == [303, 400] * 8
+
+
+def test_votes_that_are_tried_by_themselves_keep_to_the_deadline_that_they_had_together(serve, database, connection):
+    application = serve(database)
+    connection.execute("""
+        ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat, ADD CHECK (vote = 'Gummi');
+        CREATE FUNCTION dawdle() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(0.8); RETURN NULL; END $$;
+        CREATE TRIGGER dawdle BEFORE INSERT ON votes FOR EACH STATEMENT EXECUTE FUNCTION dawdle();
+    """)
+    troubles = application.catvote.insert(["Gummi", "Pita"])
+    assert troubles == {"Gummi": None, "Pita": application.catvote.Trouble.NOT_IN_TIME}
 
 
 def test_whatever_goes_wrong_every_voter_hears_of_it(application, shared_database, monkeypatch):

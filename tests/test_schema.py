@@ -18,6 +18,8 @@ from sessions import (
     wait_until_blocked,
 )
 
+from catvote import CANDIDATES
+
 # Exact whatever one session does
 
 
@@ -257,6 +259,8 @@ def test_two_recounts_at_once_mend_a_damage_once(connection, database, connect):
 
 
 def test_the_constraint_refuses_all_but_the_cats(connection):
+    assert totals(connection).keys() == CANDIDATES.keys()
+    vote(connection, *CANDIDATES)
     with pytest.raises(errors.CheckViolation) as refusal:
         vote(connection, "pita")
     assert refusal.value.diag.constraint_name == "votes_vote_is_a_cat"
