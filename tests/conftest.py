@@ -217,7 +217,7 @@ def shared_project():
 
 
 @pytest.fixture(scope="module")
-def running():
+def make_run():
     """`make run` in a copy of the project, with a local database, for all tests of a module: a Running."""
     with copy_of_project() as folder, Running(folder) as service:
         yield service

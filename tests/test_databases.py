@@ -19,7 +19,7 @@ from catvote import initdb
 
 
 @pytest.fixture
-def own(serve, database):
+def own_application(serve, database):
     """The application, in this process, on a database whose schema the test may change: an InProcess."""
     return serve(database)
 
@@ -125,29 +125,29 @@ def test_the_history_has_its_first_day_also_where_clocks_were_put_forward_since(
     assert len(shared_connection.execute(statement).fetchall()) == 1
 
 
-def test_a_cat_that_only_the_database_knows_takes_no_page_away(own, connection):
+def test_a_cat_that_only_the_database_knows_takes_no_page_away(own_application, connection):
     connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat")
     connection.execute("INSERT INTO votes (vote) VALUES ('Garfield'), ('Pita'), ('')")
-    page = get(own, "/")
+    page = get(own_application, "/")
     assert page.votes == {"Gummi": 0, "Pita": 1}
     assert re.findall('data-share="(.*?)">(.*?)<', page.text) == [("Gummi", "0%"), ("Pita", "100%")]
-    assert history(own)["Gummi"] == {}
-    assert get(own, "/tally.json").status == get(own, "/healthz").status == 200
-    assert vote(own, body=b"vote=Garfield").status == 400
-    assert vote(own).status == 303
+    assert history(own_application)["Gummi"] == {}
+    assert get(own_application, "/tally.json").status == get(own_application, "/healthz").status == 200
+    assert vote(own_application, body=b"vote=Garfield").status == 400
+    assert vote(own_application).status == 303
 
 
-def test_a_cat_that_the_totals_lack_has_no_votes(own, connection):
+def test_a_cat_that_the_totals_lack_has_no_votes(own_application, connection):
     connection.execute("DROP VIEW vote_totals; CREATE VIEW vote_totals AS SELECT 'Gummi' AS vote, 7 AS votes")
-    assert get(own, "/").votes == {"Gummi": 7, "Pita": 0}
+    assert get(own_application, "/").votes == {"Gummi": 7, "Pita": 0}
 
 
-def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(own, connection):
+def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(own_application, connection):
     connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat, ADD CHECK (vote = 'Gummi')")
-    refused = vote(own)
+    refused = vote(own_application)
     assert refused.status == 400
     assert "no vote was counted" in refused.text
-    assert vote(own, body=b"vote=Gummi").status == 303
+    assert vote(own_application, body=b"vote=Gummi").status == 303
 
 
 # Schemas of another time
@@ -173,11 +173,11 @@ OLDER = {
 
 
 @pytest.mark.parametrize(("change", "page", "other_page"), OLDER.values(), ids=OLDER)
-def test_an_older_schema_costs_only_what_it_lacks(own, connection, caplog, change, page, other_page):
+def test_an_older_schema_costs_only_what_it_lacks(own_application, connection, caplog, change, page, other_page):
     connection.execute(change)
-    check_that_the_schema_is_missed(own, caplog, page)
-    assert get(own, other_page).status == 200
-    assert vote(own).status == 303
+    check_that_the_schema_is_missed(own_application, caplog, page)
+    assert get(own_application, other_page).status == 200
+    assert vote(own_application).status == 303
 
 
 def check_that_the_schema_is_missed(application, caplog, *pages):
@@ -205,18 +205,20 @@ def test_a_database_of_the_first_version_serves_and_is_brought_forward_without_a
     assert get(application, "/healthz").status == 200
 
 
-def test_rows_that_brought_their_own_row_id_cost_votes_until_initdb_and_nobody_is_deceived(own, database, caplog):
+def test_rows_that_brought_their_own_row_id_cost_votes_until_initdb_and_nobody_is_deceived(
+    own_application, database, caplog
+):
     sql(
         database,
         "INSERT INTO votes (row_id, vote) OVERRIDING SYSTEM VALUE SELECT n, 'Gummi' FROM generate_series(1, 50) AS n",
     )
-    refused = vote(own)
+    refused = vote(own_application)
     assert refused.not_counted
     assert "no answer" not in refused.text
     assert "(row_id lags behind rows that brought their own: make initdb)" in caplog.text
     initdb(database)
-    assert vote(own).status == 303
-    assert get(own, "/?voted=Pita").votes == {"Gummi": 50, "Pita": 1}
+    assert vote(own_application).status == 303
+    assert get(own_application, "/?voted=Pita").votes == {"Gummi": 50, "Pita": 1}
 
 
 # Errors that the database has of its own
@@ -232,14 +234,16 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize(("sqlstate", "verdict"), VERDICTS.items())
-def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(own, connection, caplog, sqlstate, verdict):
+def test_an_error_of_the_database_tells_whether_a_vote_may_be_stored(
+    own_application, connection, caplog, sqlstate, verdict
+):
     with errors_at_votes(connection, sqlstate):
-        answer = vote(own)
+        answer = vote(own_application)
         assert answer.status == 503
         assert f"your vote {verdict}" in answer.text
         assert "oven" not in answer.text
         assert "database: the oven is broken CONTEXT: PL/pgSQL function" in caplog.text  # in one line
-    assert vote(own).status == 303
+    assert vote(own_application).status == 303
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def database(server):
 
 
 @pytest.fixture
-def worker(database):
+def one_worker(database):
     """The service on `database`, as one worker: a Service."""
     with unsurprised(Service(database, WEB_CONCURRENCY="1")) as service:
         yield service
@@ -179,28 +179,28 @@ def test_a_frozen_server_process_holds_nobody_up(database, verify):
     verify(load, service)
 
 
-def test_a_reading_whose_server_process_is_frozen_holds_its_visitor_for_less_than_two_seconds(worker, database):
-    assert get(worker, "/").status == 200
+def test_a_reading_whose_server_process_is_frozen_holds_its_visitor_for_less_than_two_seconds(one_worker, database):
+    assert get(one_worker, "/").status == 200
     time.sleep(1)  # then that is not fresh any more
     with psycopg.connect(database) as connection, ThreadPoolExecutor() as executor:
         connection.execute("LOCK TABLE tally")
         started_at = time.monotonic()
-        visitor = executor.submit(get, worker, "/")
+        visitor = executor.submit(get, one_worker, "/")
         (pid,) = wait_until(lambda: backends(database, WAITING))
         with frozen(pid):
             assert visitor.result().outdated
             assert time.monotonic() - started_at < 2
 
 
-def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(worker, database):
-    assert vote(worker).status == 303
+def test_a_worker_has_one_connection_for_votes_one_for_the_tally_and_one_for_the_history(one_worker, database):
+    assert vote(one_worker).status == 303
     assert len(backends(database)) == 1  # none before it is needed
     with ThreadPoolExecutor(30) as visitors, psycopg.connect(database) as connection:
         connection.execute("LOCK TABLE votes, tally")
         for _ in range(10):
-            visitors.submit(vote, worker)
-            visitors.submit(get, worker, "/")
-            visitors.submit(get, worker, "/history")
+            visitors.submit(vote, one_worker)
+            visitors.submit(get, one_worker, "/")
+            visitors.submit(get, one_worker, "/history")
         wait_until(lambda: len(backends(database, WAITING)) == 3)
         most = 3
         while backends(database, WAITING):
@@ -214,26 +214,26 @@ SETTINGS = {"read-only": ("default_transaction_read_only", "on"), "short of time
 
 
 @pytest.mark.parametrize(("name", "value"), SETTINGS.values(), ids=SETTINGS)
-def test_votes_count_soon_after_the_database_takes_them_again(server, worker, database, name, value):
+def test_votes_count_soon_after_the_database_takes_them_again(server, one_worker, database, name, value):
     at_each_vote(database, "PERFORM pg_sleep(0.4)")
     alter = f"ALTER DATABASE {database.rpartition('/')[2]}"
     sql(server.url(), f"{alter} SET {name} = '{value}'")
-    assert vote(worker).not_counted
-    assert get(worker, "/healthz").status == 200
+    assert vote(one_worker).not_counted
+    assert get(one_worker, "/healthz").status == 200
     stale = {*backends(database)}
     sql(server.url(), f"{alter} RESET {name}")
-    wait_until(lambda: vote(worker).status == 303, seconds=5)
+    wait_until(lambda: vote(one_worker).status == 303, seconds=5)
     for target in "/?voted=Pita", "/healthz", "/history":
-        assert get(worker, target).status == 200
-    assert [vote(worker).status for _ in range(3)] == [303, 303, 303]
+        assert get(one_worker, target).status == 200
+    assert [vote(one_worker).status for _ in range(3)] == [303, 303, 303]
     assert not stale & {*backends(database)}  # pages have left them, too: they may be another server's
 
 
 @pytest.mark.parametrize("sqlstate", ["40001", "40P01"])
-def test_a_vote_that_lost_against_another_is_tried_again(worker, database, sqlstate):
+def test_a_vote_that_lost_against_another_is_tried_again(one_worker, database, sqlstate):
     sql(database, "CREATE SEQUENCE tries")
     at_each_vote(database, f"IF nextval('public.tries') = 1 THEN RAISE 'lost' USING ERRCODE = '{sqlstate}'; END IF")
-    assert vote(worker).status == 303
+    assert vote(one_worker).status == 303
     assert sql(database, "SELECT vote FROM votes") == [("Pita",)]
 
 
@@ -416,10 +416,10 @@ def test_visitors_who_come_first_together_share_a_pool(application, monkeypatch)
     assert len(pools) == 1
 
 
-def test_a_worker_that_has_asked_the_database_ends_at_once(worker):
-    assert get(worker, "/").status == 200
+def test_a_worker_that_has_asked_the_database_ends_at_once(one_worker):
+    assert get(one_worker, "/").status == 200
     started_at = time.monotonic()
-    assert worker.stop() == 0
+    assert one_worker.stop() == 0
     assert time.monotonic() - started_at < 4
 
 

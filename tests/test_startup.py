@@ -36,39 +36,39 @@ def tables(url):
 # make run with a database of its own
 
 
-def test_it_shows_where_the_votes_are_and_how_to_reach_by_psql_the_database_which_waits_for_the_disk(running):
-    assert f"The votes are kept in {running.folder}/.postgres\n" in running.log
-    (command,) = re.findall("In another terminal: (.+)", running.log)
+def test_it_shows_where_the_votes_are_and_how_to_reach_by_psql_the_database_which_waits_for_the_disk(make_run):
+    assert f"The votes are kept in {make_run.folder}/.postgres\n" in make_run.log
+    (command,) = re.findall("In another terminal: (.+)", make_run.log)
     command += " -Atc 'SHOW fsync; SELECT vote FROM public.vote_totals'"
     answer = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert answer.stdout == "on\nGummi\nPita\n", answer.stderr
 
 
-def test_nobody_else_on_the_machine_gets_into_the_database(running):
-    (url,) = re.findall("(postgresql://.+)", running.log)
+def test_nobody_else_on_the_machine_gets_into_the_database(make_run):
+    (url,) = re.findall("(postgresql://.+)", make_run.log)
     with pytest.raises(psycopg.OperationalError, match="no password supplied"):
         psycopg.connect(re.sub(":[^:@]+@", "@", url), passfile="/nowhere")
     assert sql(url, "SHOW unix_socket_directories") == [("",)]
-    assert running.folder.joinpath(".postgres").stat().st_mode & 0o077 == 0
+    assert make_run.folder.joinpath(".postgres").stat().st_mode & 0o077 == 0
 
 
-def test_it_listens_on_the_loopback_interface_only(running):
-    assert f"Open {running.url} " in running.log
+def test_it_listens_on_the_loopback_interface_only(make_run):
+    assert f"Open {make_run.url} " in make_run.log
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", running.port))
+        socket.create_connection(("127.0.0.2", make_run.port))
 
 
-def test_it_refuses_to_run_twice_at_a_time(running):
-    assert "is make run running already" in complaint(make(running.folder, "run", PORT=str(free_port())))
+def test_it_refuses_to_run_twice_at_a_time(make_run):
+    assert "is make run running already" in complaint(make(make_run.folder, "run", PORT=str(free_port())))
 
 
-def test_it_says_when_its_port_is_taken(running):
-    assert f"Port {running.port} is in use" in complaint(make(running.folder, "run", PORT=str(running.port)))
+def test_it_says_when_its_port_is_taken(make_run):
+    assert f"Port {make_run.port} is in use" in complaint(make(make_run.folder, "run", PORT=str(make_run.port)))
 
 
-def test_other_verbs_share_its_database(running):
-    assert vote(running).status == 303
-    assert "█" in make(running.folder, "report").stdout
+def test_other_verbs_share_its_database(make_run):
+    assert vote(make_run).status == 303
+    assert "█" in make(make_run.folder, "report").stdout
 
 
 @contextmanager
