@@ -314,6 +314,12 @@ def test_a_voter_sees_votes_that_another_worker_has_stored(application, shared_c
     assert get(application, "/?voted=Pita").votes["Pita"] == 1
 
 
+def test_thanks_beside_a_tally_that_may_lack_the_vote_say_that_it_is_old(application):
+    get(application, "/")
+    application.catvote.tally.statement = "SELECT 1 / 0"
+    assert get(application, "/?voted=Pita").outdated
+
+
 def test_no_tally_is_older_than_a_second(application, shared_connection):
     assert get(application, "/").votes["Pita"] == 0
     shared_connection.execute("INSERT INTO votes (vote) VALUES ('Pita')")
