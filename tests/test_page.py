@@ -271,6 +271,7 @@ def test_server_and_script_show_the_same_and_it_makes_sense(visit, shared_connec
     cast(shared_connection, "Pita", pita)
     page = visit("/?voted=Pita")
     assert page.get_by_text("No votes yet").is_visible() == (gummi + pita == 0)
+    assert "No votes yet" not in page.get_by_role("main").aria_snapshot()  # the bar repeats the numbers
     assert_shows(page, gummi, pita, shown)
     for tally in {"Gummi": 10_000}, {"Gummi": gummi, "Pita": pita}:
         page.route("**/tally.json", lambda route, _, tally=tally: route.fulfill(json=tally))
@@ -394,6 +395,13 @@ def test_nothing_moves_by_itself(open_tab):
     expect(notice(page)).to_be_visible()
     page.wait_for_timeout(500)
     assert page.evaluate("moves") == []
+
+
+def test_the_page_is_all_there_before_its_script_comes(visit):
+    page = visit("/no-such-page")
+    page.route("**/catvote.js?*", lambda route: None)
+    page.goto("/", wait_until="commit")
+    expect(page.get_by_role("contentinfo")).to_be_visible()
 
 
 def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_service):
