@@ -122,6 +122,16 @@ def test_the_history_has_their_names_as_they_are_written(page, shared_connection
         expect(days.get_by_role("img", name=f"Votes for {name} per day")).to_be_visible()
 
 
+def test_a_swatch_keeps_its_colour_where_a_visitors_own_replace_ours(page, shared_connection):
+    cast(shared_connection, [*CANDIDATES])
+    page.goto("/history")
+    page.emulate_media(forced_colors="active")
+    colours = page.locator(".swatch").evaluate_all(
+        "swatches => swatches.map((swatch) => getComputedStyle(swatch).borderLeftColor)"
+    )
+    assert len({*colours}) == len(CANDIDATES)
+
+
 def test_each_candidate_gets_the_votes_that_are_cast_for_it_by_keyboard(page, take_votes):
     for candidate in CANDIDATES.values():
         page.get_by_role("button").filter(has_text=candidate.name).press("Enter")
@@ -168,9 +178,20 @@ def test_by_night_all_icings_but_the_pink_one_are_lighter(page):
     assert [night > day for night, day in zip(by_night, by_day, strict=True)] == [False, True, True, True, True]
 
 
+def test_a_visitors_own_colours_replace_ours(page):
+    page.emulate_media(forced_colors="active")
+    canvas, ink = page.locator("body").evaluate("""body => {
+        const { backgroundColor, color } = getComputedStyle(body);
+        return [backgroundColor, color];
+    }""")
+    expect(page.locator(".bar")).to_have_css("background-color", canvas)
+    expect(page.locator(".bar")).to_have_css("border-color", ink)
+    expect(page.get_by_text("No votes yet")).to_have_css("fill", ink)
+    expect(page.get_by_role("banner")).to_have_css("background-image", "none")
+
+
 def test_where_a_visitors_own_colours_replace_ours_borders_show_what_colours_did(page):
     page.emulate_media(forced_colors="active")
-    expect(page.get_by_role("banner")).to_have_css("background-image", "none")
     button = page.get_by_role("button").first
     expect(button.locator("span")).to_have_css("border-style", "solid")
     expect(button).to_have_css("border-width", "2px")
