@@ -121,11 +121,11 @@ def test_the_service_starts_before_its_server(server, database, verify):
 @pytest.mark.alone
 def test_a_frozen_server_holds_nobody_up(server, database, verify):
     with Service(database) as service, Load(service, voters=100) as load:
-        load.go_on(votes=500)
+        load.go_on(votes=200)
         with frozen(server.server_pid):
             time.sleep(5)  # longer than a vote may take
         thawed_at = time.monotonic()
-        load.go_on(votes=1000)
+        load.go_on(votes=400)
     recovered = recovery(load, thawed_at)
     verify(load, service)
     assert recovered < 3
