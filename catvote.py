@@ -151,7 +151,7 @@ def is_cross_origin(environ: dict) -> bool:
     site = environ.get("HTTP_SEC_FETCH_SITE")
     if site:
         return site not in ("same-origin", "none")
-    origin, host = environ.get("HTTP_ORIGIN"), environ.get("HTTP_HOST", "")
+    origin, host = environ.get("HTTP_ORIGIN"), environ.get("HTTP_HOST")
     if not origin:  # not a browser, or an old one
         return False
     scheme, _, address = origin.lower().partition("://")
@@ -236,7 +236,7 @@ class Content:
     def answer(self, environ: dict) -> tuple[str, list, bytes]:
         """Return status, headers and body: a 304 if the visitor has it already (RFC 9110, section 13.1.2)."""
         known_tags = environ.get("HTTP_IF_NONE_MATCH", "")
-        if self.tag in known_tags or known_tags.strip() == "*":
+        if self.tag in known_tags or known_tags == "*":
             return "304 Not Modified", self.cache_headers, b""
         return "200 OK", self.headers, self.body
 
@@ -339,9 +339,8 @@ class VoteStore:
 
     def store_batch(self, batch: Batch) -> None:
         """Store a batch when its turn comes. If the turn does not come in time, the batch is never sent."""
-        has_turn = False
+        has_turn = self.turn.acquire(timeout=0.2 if self.last_failed else 1.5)
         try:
-            has_turn = self.turn.acquire(timeout=0.2 if self.last_failed else 1.5)
             with self.joining:
                 self.next_batch = Batch()
             if has_turn:
@@ -588,7 +587,7 @@ class Connection(psycopg.Connection):
         The request to cancel ends in time since libpq 17, which psycopg[binary] brings.
         """
         try:
-            return super().wait(gen, interval, timeout=max(self.deadline - monotonic(), 0))
+            return super().wait(gen, interval, timeout=self.deadline - monotonic())
         except psycopg.OperationalError:
             if self.info.transaction_status is not TransactionStatus.ACTIVE:
                 raise  # nothing is under way: the connection is lost, or the server has answered by an error
@@ -661,11 +660,7 @@ def open_pool() -> ConnectionPool:
         reconnect_timeout=2,
         open=False,
     )
-    try:
-        new_pool.open()
-    except RuntimeError:
-        new_pool.close()
-        raise
+    new_pool.open()
     atexit.register(new_pool.close)  # else a process that ends waits 5 s for each of the pool's threads
     return new_pool
 

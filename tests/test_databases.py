@@ -10,10 +10,11 @@ from urllib.parse import urlsplit
 
 import pytest
 from client import get, vote
-from conftest import missing
-from faults import sql
+from conftest import missing, unsurprised
+from faults import backends, sql
 from local import ROOT
 from local.processes import wait_until
+from local.service import Service
 
 from catvote import initdb
 
@@ -64,6 +65,11 @@ def test_parameters_of_the_url_change_nothing(database, connection, serve, caplo
 
 def test_blanks_around_the_url_change_nothing(database, connection, serve, caplog):
     check(serve(f" {database}\r\n"), connection, caplog)
+
+
+def test_the_time_zone_of_the_machine_changes_nothing(database, connection, caplog):
+    with unsurprised(Service(database, WEB_CONCURRENCY="1", TZ="Asia/Kolkata")) as service:
+        check(service, connection, caplog)
 
 
 def check(service, connection, caplog):
@@ -142,12 +148,18 @@ def test_a_cat_that_the_totals_lack_has_no_votes(own_application, connection):
     assert get(own_application, "/").votes == {"Gummi": 7, "Pita": 0}
 
 
-def test_a_vote_for_a_cat_that_only_the_page_knows_is_400(own_application, connection):
+def test_a_vote_for_a_cat_that_only_the_page_knows_is_400_tried_once_and_ends_no_session(
+    own_application, database, connection, caplog
+):
     connection.execute("ALTER TABLE votes DROP CONSTRAINT votes_vote_is_a_cat, ADD CHECK (vote = 'Gummi')")
+    assert vote(own_application, body=b"vote=Gummi").status == 303
+    sessions = backends(database)
     refused = vote(own_application)
     assert refused.status == 400
     assert "no vote was counted" in refused.text
+    assert caplog.text.count("database: ") == 1
     assert vote(own_application, body=b"vote=Gummi").status == 303
+    assert backends(database) == sessions
 
 
 # Schemas of another time
@@ -182,14 +194,13 @@ def test_an_older_schema_costs_only_what_it_lacks(own_application, connection, c
 
 def check_that_the_schema_is_missed(application, caplog, *pages):
     """See that operator and platform are told of it, and that no visitor is told of a database that is away."""
-    for page in pages:
+    for page in *pages, "/healthz":
         caplog.clear()
         answer = get(application, page)
         assert answer.status == 503
         assert "Something is wrong with our database" in answer.text
         assert "no answer" not in answer.text
         assert "(schema.sql is not applied, or an older one: make initdb)" in caplog.text
-    assert get(application, "/healthz").status == 503
 
 
 def test_a_database_of_the_first_version_serves_and_is_brought_forward_without_a_restart(empty_database, serve):

@@ -1,5 +1,6 @@
 """What the service answers: pages, votes, files, what browsers keep, and how old a tally may be."""
 
+import mimetypes
 import re
 import shutil
 import time
@@ -56,6 +57,7 @@ def test_errors_of_tally_json_are_json(application):
 def test_healthz_is_ok_while_tally_and_history_can_be_read(application):
     answer = get(application, "/healthz")
     assert (answer.status, answer.text) == (200, "ok\n")
+    assert answer.headers["Content-Type"] == "text/plain"
     assert answer.headers["Cache-Control"] == "no-store"
 
 
@@ -68,6 +70,13 @@ def test_without_a_database_the_answer_is_503(serve, caplog):
             assert "your vote was not counted" not in answer.text  # whoever only looks has cast none
             assert int(answer.headers["Retry-After"]) > 0
     assert "the database is away, or connecting to it takes too long" in caplog.text
+
+
+def test_without_the_address_of_a_database_a_vote_is_not_counted_and_the_log_says_why(application, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        patch.setenv("DATABASE_URL", "")
+        assert vote(application).not_counted
+    assert "DATABASE_URL is not set" in caplog.text
 
 
 @pytest.mark.parametrize("target", ["/static/../catvote.py", "/static/nope?v=1", "/%FF"])
@@ -152,15 +161,27 @@ def test_a_static_file_may_have_any_name_and_lie_in_a_folder(changed_service):
     assert answer.headers["Content-Type"] == "application/octet-stream"
 
 
+def test_a_static_file_has_the_type_of_its_name_whatever_this_machine_knows(serve, shared_database, monkeypatch):
+    monkeypatch.setitem(mimetypes.types_map, ".svg", "text/plain")
+    assert get(serve(shared_database), "/static/pita.svg").headers["Content-Type"] == "image/svg+xml"
+
+
 def test_the_version_of_static_files_changes_with_their_content(application, changed_service):
     assert not links(get(application, "/")) & links(get(changed_service, "/"))
 
 
-def test_hidden_files_are_no_static_files(application, tmp_path):
-    (tmp_path / ".git").mkdir()
-    for name in "pita.svg", ".DS_Store", ".git/config":
+def test_the_version_is_the_same_on_machines_that_list_files_in_another_order(application, tmp_path):
+    for name in "dbface":
         (tmp_path / name).touch()
-    assert application.catvote.visible_files(tmp_path) == [tmp_path / "pita.svg"]
+    assert application.catvote.visible_files(tmp_path) == [tmp_path / name for name in "abcdef"]
+
+
+def test_hidden_files_are_no_static_files(application, tmp_path):
+    folder = tmp_path / ".clones/static"  # where the project itself lies does not matter
+    (folder / ".git").mkdir(parents=True)
+    for name in "pita.svg", ".DS_Store", ".git/config":
+        (folder / name).touch()
+    assert application.catvote.visible_files(folder) == [folder / "pita.svg"]
 
 
 # Votes
@@ -359,7 +380,10 @@ def test_voters_who_come_together_share_a_reading_also_after_one_that_failed(app
     assert len(readings) <= 4
 
 
-def test_a_page_is_made_once_for_each_reading_and_once_more_when_that_is_outdated(application, readings, monkeypatch):
+@pytest.mark.parametrize("target", ["/", "/?voted=Pita"])
+def test_a_page_is_made_once_for_each_reading_and_once_more_when_that_is_outdated(
+    application, readings, monkeypatch, target
+):
     made, render = [], application.catvote.render
 
     def count(*name, **values):
@@ -370,7 +394,7 @@ def test_a_page_is_made_once_for_each_reading_and_once_more_when_that_is_outdate
     monkeypatch.setattr(application.catvote, "render", count)
     for outdated in False, True:
         with ThreadPoolExecutor(8) as visitors:
-            pages = list(visitors.map(lambda _: get(application, "/"), range(30)))
+            pages = list(visitors.map(lambda _: get(application, target), range(30)))
         assert all(page.outdated == outdated for page in pages)
         if not outdated:
             assert len(made) == len(readings)
@@ -393,6 +417,17 @@ def test_a_template_is_compiled_once(application):
     compiled = [*bottle.TEMPLATES.values()]
     get(application, "/nope")
     assert compiled == [*bottle.TEMPLATES.values()]
+
+
+def test_while_somebody_reads_a_fresh_tally_will_do_for_all_but_voters(application):
+    tally = application.catvote.tally
+    tally.fresh = 60
+    get(application, "/")
+    with tally.turn:
+        started_at = time.monotonic()
+        assert not get(application, "/?utm_source=1").outdated
+        assert time.monotonic() - started_at < 0.8
+        assert get(application, "/?voted=Pita").outdated
 
 
 @pytest.mark.alone
@@ -419,7 +454,9 @@ def test_while_a_reading_hangs_one_visitor_waits_and_the_others_get_the_last_one
             assert max(others) < others_wait
         assert get(application, "/healthz").status == 503
         outdated = get(application, "/tally.json")
+        assert outdated.headers["Content-Type"] == "application/json"
         assert int(outdated.headers["Age"]) >= 1
+        assert outdated.headers["Cache-Control"] == "no-store"
     wait_until(lambda: not get(application, "/").outdated, seconds=2)
 
 
@@ -455,3 +492,4 @@ def test_only_developers_see_a_traceback(serve, shared_database, monkeypatch, va
     answer = get(application, "/")
     assert answer.status == 500
     assert ("ZeroDivisionError" in answer.text) == shown
+    assert "There is no such page" in get(application, "/nope").text  # our page, which developers want to see

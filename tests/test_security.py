@@ -22,6 +22,7 @@ SITES = {
     "port of https with http": ([f"Host: {HOST}:443", OWN], REFUSED),
     "another port": ([f"Host: {HOST}:8000", f"{OWN}:8001"], REFUSED),
     "foreign Origin": ([FOREIGN], REFUSED),
+    "Origin of a sandbox": (["Origin: null"], REFUSED),
     "host that begins alike": ([f"{OWN}.evil.example"], REFUSED),
     "no Host, empty Origin": (["Host:", "Origin: http://"], REFUSED),
 }
