@@ -10,9 +10,10 @@ from urllib.parse import urlsplit
 
 import pytest
 from client import get, vote
-from conftest import missing, unsurprised
+from conftest import missing, new_database, unsurprised
 from faults import backends, sql
 from local import ROOT
+from local.postgres import LocalPostgres
 from local.processes import wait_until
 from local.service import Service
 
@@ -269,6 +270,12 @@ def errors_at_votes(connection, sqlstate):
         yield
     finally:
         connection.execute("DROP FUNCTION fail CASCADE")
+
+
+def test_an_error_means_the_same_where_the_database_speaks_another_language(serve, monkeypatch):
+    monkeypatch.setenv("LANGUAGE", "de")
+    with LocalPostgres(options={"lc_messages": "C.UTF-8"}) as server, new_database(server) as url:
+        assert vote(serve(url)).not_counted  # there is no schema
 
 
 def test_an_error_without_words_is_logged_by_its_name(application, caplog):
