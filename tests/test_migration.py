@@ -2,7 +2,7 @@
 
 import signal
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Event
 
 import client
@@ -64,12 +64,25 @@ def test_applying_the_schema_again_changes_nothing(connection, database, server)
     assert dump() == before
 
 
+def test_applying_the_schema_leaves_the_session_as_it_was(connection):
+    connection.execute(SCHEMA)
+    assert connection.execute("SELECT name FROM pg_settings WHERE source = 'session'").fetchall() == []
+
+
 @on_every_major
 def test_eight_sessions_at_once_may_apply_the_schema_to_an_empty_database(empty_database, connect):
     at_once(8, empty_database, lambda connection, number: connection.execute(SCHEMA))
     connection = connect(empty_database)
     vote(connection, "Pita")
     assert totals(connection) == {"Gummi": 0, "Pita": 1}
+
+
+def test_who_applies_the_schema_waits_for_as_long_as_another_does(connection, database, connect):
+    connection.execute("SELECT pg_advisory_lock(hashtext('catvote schema'))")
+    applied = connect(database).start(SCHEMA)
+    assert not wait([applied], timeout=4).done  # longer than for a lock that keeps votes waiting
+    connection.execute("SELECT pg_advisory_unlock_all()")
+    applied.result(timeout=20)
 
 
 def test_a_sound_database_keeps_no_vote_waiting_and_is_not_recounted(connection, database, connect):

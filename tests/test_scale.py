@@ -308,13 +308,14 @@ def test_nginx_needs_no_root_and_writes_into_its_folder_alone(shared_service):
         assert nginx.log == ""
 
 
-def test_make_scale_serves_on_one_port_of_its_own_says_so_and_leaves_nothing_behind(project, database):
+def test_make_scale_serves_on_one_port_of_its_own_says_so_and_leaves_nothing_behind(project, database, tmp_path):
     need("nginx")
     (project / ".env").write_text(f"DATABASE_URL={database}\nGUNICORN_CMD_ARGS=--bind=127.0.0.1:1\n")
-    with Running(project, "make scale", "Ctrl-C ends") as scale:
+    private = str(tmp_path)  # nginx's own user could not enter
+    with Running(project, "make scale", "Ctrl-C ends", TMPDIR=private) as scale:
         printed = re.search(
             rf"Open {scale.url} in a browser: nginx before (http://127.0.0.1:\d+) and (http://127.0.0.1:\d+)\.\n"
-            r"Its settings and cache are in (/tmp/\S+); Ctrl-C ends all three\.\n",
+            r"Its settings and cache are in (/tmp/catvote-nginx-\w+); Ctrl-C ends all three\.\n",
             scale.log,
         )
         assert printed, scale.log

@@ -156,6 +156,21 @@ def test_votes_by_day_has_the_days_of_the_session(connection):
     assert days == [("2024-05-01", "Pita", 2), ("2024-05-02", "Pita", 1)]
 
 
+@pytest.mark.parametrize("view", ["votes_by_hour", "votes_by_day"])
+def test_the_past_is_in_the_order_of_time_and_cats(connection, view):
+    connection.execute(
+        """
+        INSERT INTO votes (date_created, vote)
+        SELECT now() - n * interval '1 day', cat FROM generate_series(1, 50) AS n, unnest('{Pita,Gummi}'::text[]) AS cat
+        """
+    )
+    # Which would put them in order, too.
+    connection.execute("SET enable_sort = off; SET enable_indexscan = off; SET enable_bitmapscan = off")
+    rows = connection.execute(f"SELECT * FROM {view}").fetchall()
+    assert rows == sorted(rows)
+    assert len(rows) == 100
+
+
 # Exact whatever many sessions do
 
 
@@ -253,6 +268,14 @@ def test_two_recounts_at_once_mend_a_damage_once(connection, database, connect):
     first.execute("COMMIT")
     running.result()
     assert inexact(connection) == []
+
+
+def test_a_recount_of_a_sound_tally_leaves_it_as_it_was(connection):
+    vote(connection, "Pita")
+    counters = "SELECT tally::text FROM tally"
+    before = connection.execute(counters).fetchall()
+    connection.execute("SELECT recount_votes()")
+    assert connection.execute(counters).fetchall() == before
 
 
 # What a vote is
@@ -382,6 +405,7 @@ def test_a_search_path_leads_nobody_astray(connection):
         CREATE AGGREGATE hostile.count(*) (SFUNC = hostile.add, STYPE = bigint);
         CREATE TEMPORARY TABLE votes (LIKE public.votes);
         CREATE TEMPORARY TABLE tally (LIKE public.tally);
+        CREATE TEMPORARY TABLE pg_trigger ();
         SET search_path = pg_temp, hostile, public, pg_catalog
         """
     )

@@ -58,8 +58,9 @@ def test_it_listens_on_the_loopback_interface_only(make_run):
         socket.create_connection(("127.0.0.2", make_run.port))
 
 
-def test_it_refuses_to_run_twice_at_a_time(make_run):
-    assert "is make run running already" in complaint(make(make_run.folder, "run", PORT=str(free_port())))
+@pytest.mark.parametrize("verb", ["run", "scale"])
+def test_it_refuses_to_run_twice_at_a_time(verb, make_run):
+    assert "is make run running already" in complaint(make(make_run.folder, verb, PORT=str(free_port())))
 
 
 def test_it_says_when_its_port_is_taken(make_run):

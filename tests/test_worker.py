@@ -141,7 +141,9 @@ def assert_none_ended(service, before):
 
 
 def test_no_worker_ends_when_visitors_break_off(any_service):
-    files = {worker: worker.num_fds() for worker in workers_of(any_service)}
+    workers = workers_of(any_service)
+    assert_none_ended(any_service, workers)  # from now on they have all files that they keep open
+    files = {worker: worker.num_fds() for worker in workers}
     for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
         with visitors(any_service, 10, said):
             pass
@@ -154,7 +156,7 @@ def test_no_worker_ends_when_visitors_break_off(any_service):
         for visitor in staying:
             visitor.recv(1)
         wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
-    assert_none_ended(any_service, [*files])
+    assert_none_ended(any_service, workers)
 
 
 # An application that fails in the middle of its answers.
@@ -181,6 +183,27 @@ def test_no_worker_ends_when_an_answer_breaks_off(altered):
         assert_none_ended(service, [worker])
 
 
+SLOW_ANSWER = """
+Worker.request_timeout = 0.5
+
+def post_worker_init(worker):
+    def app(environ, start_response):
+        time.sleep(2.5)
+        start_response("204 No Content", [])
+        return []
+    worker.wsgi = app
+"""
+
+
+def test_no_worker_ends_when_an_answer_takes_too_long(altered):
+    with altered(SLOW_ANSWER, WEB_CONCURRENCY="1") as service:
+        before = workers_of(service, 1)
+        with visitors(service, 1, LAST) as (visitor,):
+            assert visitor.recv(1) == b""
+        with pytest.raises(TimeoutError):
+            wait_until(lambda: service.workers() != before, seconds=3)
+
+
 @pytest.mark.alone
 def test_visitors_who_come_at_the_same_moment_are_shared_by_the_workers(shared_database):
     def visitors_of(worker):
@@ -195,6 +218,11 @@ def test_visitors_who_come_at_the_same_moment_are_shared_by_the_workers(shared_d
             second.resume()
             wait_until(lambda: visitors_of(first) + visitors_of(second) == 100)
             assert min(visitors_of(first), visitors_of(second)) >= 10
+
+
+def test_the_connection_ends_with_the_last_answer(shared_service):
+    with visitors(shared_service, 1, LAST) as (visitor,):
+        assert seconds_for(lambda: listen(visitor)) < 1.5
 
 
 def test_pipelined_requests_do_not_wait_for_each_other(shared_service):
@@ -224,7 +252,7 @@ def post_worker_init(worker):
 
 @pytest.mark.alone
 def test_a_thread_waits_for_its_visitors_next_request(altered):
-    with altered(WHO_AM_I, WEB_CONCURRENCY="1") as service:
+    with altered(WHO_AM_I + "threads = 7", WEB_CONCURRENCY="1") as service:
         visitors = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
         for visitor in visitors:
             visitor.request("GET", "/slowly")
@@ -239,11 +267,21 @@ def test_a_thread_waits_for_its_visitors_next_request(altered):
         assert stayed > 15  # a busy machine may be late now and then
 
 
+def test_a_visitor_may_go_on_for_longer_than_a_request_may_take(altered):
+    with altered("Worker.request_timeout = 1", WEB_CONCURRENCY="1") as service:
+        visitor = HTTPConnection("127.0.0.1", service.port, timeout=10)
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            visitor.request("GET", "/static/icon.svg")
+            assert visitor.getresponse().read()
+
+
 def test_a_visitor_who_asks_and_asks_lets_others_have_the_thread(altered):
-    many = write("HEAD", "/?voted=Pita") * 99 + write("HEAD", "/", "Connection: close")
-    with altered("threads = 1", WEB_CONCURRENCY="1") as service, visitors(service, 1, many) as (asking,):
-        assert get(service, "/").status == 200
-        assert 0 < asking.recv(10**6).count(b"HTTP/1.1 200") < 80
+    with altered(WHO_AM_I + "threads = 1", WEB_CONCURRENCY="1") as service:
+        get(service, "/")  # from now on they are served in the order in which they come
+        with visitors(service, 1, write("GET", "/slowly") * 9) as (asking,):
+            assert get(service, "/").status == 200
+            assert 0 < asking.recv(10_000).count(b"HTTP/1.1 200") < 9
 
 
 # Limits of the machine
