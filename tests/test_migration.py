@@ -384,6 +384,7 @@ def test_over_a_slow_line_no_vote_is_kept_waiting_for_a_visitors_patience(server
     assert inexact(connection) == []
 
 
+@pytest.mark.parametrize("earlier_database", ["first"], indirect=True)
 @pytest.mark.parametrize("last_words", ["'catvote schema'));\n", "END\n$$;\n"], ids=["early", "before COMMIT"])
 def test_a_psql_that_is_stopped_frees_its_locks(server, earlier_database, connect, last_words):
     connection = connect(earlier_database)
