@@ -272,10 +272,12 @@ def errors_at_votes(connection, sqlstate):
         connection.execute("DROP FUNCTION fail CASCADE")
 
 
-def test_an_error_means_the_same_where_the_database_speaks_another_language(serve, monkeypatch):
+def test_an_error_means_the_same_where_the_database_speaks_another_language(serve, monkeypatch, caplog):
     monkeypatch.setenv("LANGUAGE", "de")
     with LocalPostgres(options={"lc_messages": "C.UTF-8"}) as server, new_database(server) as url:
         assert vote(serve(url)).not_counted  # there is no schema
+    if "existiert nicht" not in caplog.text:
+        pytest.skip("PostgreSQL's programs know no German here")
 
 
 def test_an_error_without_words_is_logged_by_its_name(application, caplog):
