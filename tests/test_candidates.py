@@ -71,7 +71,7 @@ def tab(browser, shared_database, folder):
     # 320 pixels are also 1280 enlarged to 400 %.
     small = {"viewport": {"width": 320, "height": 800}, "is_mobile": True, "reduced_motion": "reduce"}
     with (
-        Service(shared_database, folder=folder, WEB_CONCURRENCY="1") as service,
+        Service(shared_database, folder=folder) as service,
         browser.new_page(base_url=service.url, **small) as tab,
     ):
         yield tab

@@ -153,7 +153,7 @@ def test_a_role_may_be_allowed_to_vote_and_no_more(cluster):
     forged = "CREATE TRIGGER forged BEFORE DELETE ON mine FOR EACH ROW EXECUTE FUNCTION public.change_vote()"
     for node in cluster.nodes:
         url = node.url().replace(f"postgres:{node.password}", "voter:another password".replace(" ", "%20"))
-        with Service(url, WEB_CONCURRENCY="1") as service:
+        with Service(url) as service:
             assert vote(service).status == 303
             assert get(service, "/?voted=Pita").votes == totals(cluster.url)
             assert get(service, "/history").status == 200

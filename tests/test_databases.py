@@ -69,7 +69,7 @@ def test_blanks_around_the_url_change_nothing(database, connection, serve, caplo
 
 
 def test_the_time_zone_of_the_machine_changes_nothing(database, connection, caplog):
-    with unsurprised(Service(database, WEB_CONCURRENCY="1", TZ="Asia/Kolkata")) as service:
+    with unsurprised(Service(database, TZ="Asia/Kolkata")) as service:
         check(service, connection, caplog)
 
 

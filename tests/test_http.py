@@ -150,7 +150,7 @@ def changed_service(shared_database, tmp_path_factory):
     (copy / "static/donuts/żółw #1").write_text("<svg/>")
     module = (copy / "catvote.py").read_text()
     (copy / "catvote.py").write_text(module.replace('"pita.svg"', '"donuts/żółw #1"'))
-    with unsurprised(Service(shared_database, folder=copy, WEB_CONCURRENCY="1")) as service:
+    with unsurprised(Service(shared_database, folder=copy)) as service:
         yield service
 
 

@@ -98,7 +98,7 @@ def nginx(shared_service):
 @pytest.fixture
 def own_service(database):
     """A service on `database`, for a test that stops it."""
-    with Service(database, WEB_CONCURRENCY="1") as service:
+    with Service(database) as service:
         yield service
 
 
@@ -384,7 +384,7 @@ def test_a_password_reaches_pgbouncer_by_no_weaker_way_than_the_server(pgbouncer
 
 
 def test_what_a_voter_is_told_behind_pgbouncer_is_true(database, pgbouncer):
-    with Service(pgbouncer, WEB_CONCURRENCY="1") as service, ThreadPoolExecutor() as visitors:
+    with Service(pgbouncer) as service, ThreadPoolExecutor() as visitors:
         with psycopg.connect(database) as connection:
             connection.execute("LOCK TABLE votes")
             assert "was not counted" in vote(service).text
@@ -431,7 +431,7 @@ def test_a_vote_is_acknowledged_when_the_standby_has_it_too_and_is_there_after_p
         # Whichever of the two takes votes, as the guide has it.
         hosts = ",".join(f"127.0.0.1:{server.settings['port']}" for server in pair)
         both = re.sub("@.*/", f"@{hosts}/", url) + "?target_session_attrs=read-write"
-        with Service(both, WEB_CONCURRENCY="1") as service, Load(service, voters=8, watchers=1) as load:
+        with Service(both) as service, Load(service, voters=8, watchers=1) as load:
             load.go_on(votes=20)
             with frozen(standby.server_pid):
                 wait_until(lambda: load.unconfirmed)

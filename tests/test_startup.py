@@ -177,30 +177,38 @@ MISTAKES = ["no_such_name", "raise SystemExit(42)"]
 
 
 def test_dev_shows_an_error_and_goes_on_when_it_is_mended(project, shared_database):
-    module, view = project / "catvote.py", project / "views/index.tpl"
+    module = project / "catvote.py"
     sound = module.read_text()
-
-    def save_until_seen(text, file, content):
-        """Save a file until the page, or the error in its place, has that text."""
-
-        def is_seen():
-            file.write_text(content)
-            return any(text in page(service) for _ in range(40))
-
-        # gunicorn's reloader takes what it sees first for the state of before: like a person, save again.
-        wait_until(is_seen)
-
     with Running(project, "make dev", DATABASE_URL=shared_database) as service:
         for mistake in MISTAKES:
-            save_until_seen(mistake, module, f"{sound}\n{mistake}\n")
-        save_until_seen("data-votes", module, sound)
-        save_until_seen("<!-- changed -->", view, view.read_text() + "<!-- changed -->")
+            save_until_seen(service, "/", module, f"{sound}\n{mistake}\n", mistake)
+        save_until_seen(service, "/", module, sound, "data-votes")
 
 
-def page(service):
-    """Return the page as text, "" if it does not come since workers are just replaced."""
+# What is known of each for longer than 15 seconds, unless the service is reloaded.
+@pytest.mark.parametrize(("file", "path"), [("views/history.tpl", "/history"), ("static/pita.svg", "/static/pita.svg")])
+def test_dev_shows_a_changed_file(file, path, project, shared_database):
+    with Running(project, "make dev", DATABASE_URL=shared_database) as service:
+        assert get(service, path).status == 200
+        content = project.joinpath(file).read_text() + "<!-- changed -->"
+        save_until_seen(service, path, project / file, content, "<!-- changed -->")
+
+
+def save_until_seen(service, path, file, content, text):
+    """Save a file until the page at that path has that text."""
+
+    def is_seen():
+        file.write_text(content)
+        return any(text in page(service, path) for _ in range(40))
+
+    # gunicorn's reloader takes what it sees first for the state of before: like a person, save again.
+    wait_until(is_seen, seconds=15)
+
+
+def page(service, path):
+    """Return a page as text, "" if it does not come since workers are just replaced."""
     try:
-        return get(service, "/?voted=Pita").text
+        return get(service, path).text
     except (OSError, ValueError):
         return ""
 

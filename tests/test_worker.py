@@ -13,13 +13,13 @@ import ssl
 import struct
 import subprocess
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
 from itertools import pairwise
 
 import pytest
 from client import FORM, get, listen, read, vote, write
-from conftest import missing
+from conftest import missing, unsurprised
 from local import ROOT
 from local.processes import wait_until
 from local.service import Service
@@ -41,6 +41,13 @@ def altered(shared_database, tmp_path):
     return altered
 
 
+@pytest.fixture(scope="module")
+def shared_service(shared_database):
+    """The service with two workers, for all tests of this module: a Service."""
+    with unsurprised(Service(shared_database, WEB_CONCURRENCY="2")) as service:
+        yield service
+
+
 @contextmanager
 def visitors(service, number, saying=b""):
     """Yield connections of as many visitors who have said that, and now wait."""
@@ -53,8 +60,9 @@ def visitors(service, number, saying=b""):
         yield connections
 
 
-def workers_of(service, number=2):
-    """Return its workers, once it has that many."""
+def workers_of(service):
+    """Return its workers, once it has all of them."""
+    number = int(service.environment["WEB_CONCURRENCY"])
     return wait_until(lambda: len(found := service.workers()) == number and found)
 
 
@@ -88,7 +96,7 @@ def test_nobody_waits_for_visitors_who(said, number, shared_service):
 
 
 def test_who_stops_in_mid_request_keeps_no_thread_for_ever(altered):
-    with altered("Worker.request_timeout = 1", WEB_CONCURRENCY="1") as service, visitors(service, 70, b"GET / HT"):
+    with altered("Worker.request_timeout = 1") as service, visitors(service, 70, b"GET / HT"):
         assert get(service, "/").status == 200
 
 
@@ -171,8 +179,8 @@ def post_worker_init(worker):
 
 
 def test_no_worker_ends_when_an_answer_breaks_off(altered):
-    with altered(BREAK_OFF, WEB_CONCURRENCY="1") as service:
-        (worker,) = workers_of(service, 1)
+    with altered(BREAK_OFF) as service:
+        (worker,) = workers_of(service)
         with visitors(service, 1, LAST) as (visitor,):
             while visitor.recv(1000):
                 pass
@@ -196,8 +204,8 @@ def post_worker_init(worker):
 
 
 def test_no_worker_ends_when_an_answer_takes_too_long(altered):
-    with altered(SLOW_ANSWER, WEB_CONCURRENCY="1") as service:
-        before = workers_of(service, 1)
+    with altered(SLOW_ANSWER) as service:
+        before = workers_of(service)
         with visitors(service, 1, LAST) as (visitor,):
             assert visitor.recv(1) == b""
         with pytest.raises(TimeoutError):
@@ -209,7 +217,7 @@ def test_visitors_who_come_at_the_same_moment_are_shared_by_the_workers(shared_d
     def visitors_of(worker):
         return sum(connection.status == "ESTABLISHED" for connection in worker.net_connections("tcp"))
 
-    with Service(shared_database) as service:
+    with Service(shared_database, WEB_CONCURRENCY="2") as service:
         first, second = workers_of(service)
         first.suspend()
         second.suspend()
@@ -252,7 +260,7 @@ def post_worker_init(worker):
 
 @pytest.mark.alone
 def test_a_thread_waits_for_its_visitors_next_request(altered):
-    with altered(WHO_AM_I + "threads = 7", WEB_CONCURRENCY="1") as service:
+    with altered(WHO_AM_I + "threads = 7") as service:
         visitors = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
         for visitor in visitors:
             visitor.request("GET", "/slowly")
@@ -268,16 +276,19 @@ def test_a_thread_waits_for_its_visitors_next_request(altered):
 
 
 def test_a_visitor_may_go_on_for_longer_than_a_request_may_take(altered):
-    with altered("Worker.request_timeout = 1", WEB_CONCURRENCY="1") as service:
-        visitor = HTTPConnection("127.0.0.1", service.port, timeout=10)
+    with (
+        altered("Worker.request_timeout = 1") as service,
+        closing(HTTPConnection("127.0.0.1", service.port, timeout=10)) as visitor,
+    ):
         end = time.monotonic() + 3
         while time.monotonic() < end:
             visitor.request("GET", "/static/icon.svg")
             assert visitor.getresponse().read()
+            time.sleep(0.02)  # too short a pause to lose the thread
 
 
 def test_a_visitor_who_asks_and_asks_lets_others_have_the_thread(altered):
-    with altered(WHO_AM_I + "threads = 1", WEB_CONCURRENCY="1") as service:
+    with altered(WHO_AM_I + "threads = 1") as service:
         get(service, "/")  # from now on they are served in the order in which they come
         with visitors(service, 1, write("GET", "/slowly") * 9) as (asking,):
             assert get(service, "/").status == 200
@@ -291,8 +302,8 @@ FEW_FILES = "sh -c 'ulimit -n 128; exec gunicorn catvote:app'"
 
 
 def test_when_all_files_are_in_use_later_visitors_wait(shared_database):
-    with Service(shared_database, command=FEW_FILES, WEB_CONCURRENCY="1") as service:
-        before = workers_of(service, 1)
+    with Service(shared_database, command=FEW_FILES) as service:
+        before = workers_of(service)
         with visitors(service, 150, write("GET", "/static/icon.svg")), visitors(service, 1, LAST) as (later,):
             later.settimeout(0.5)
             with pytest.raises(TimeoutError):
@@ -303,8 +314,8 @@ def test_when_all_files_are_in_use_later_visitors_wait(shared_database):
 
 
 def test_no_worker_ends_when_a_visitor_cannot_be_accepted(altered):
-    with altered("worker_connections = 1000", command=FEW_FILES, WEB_CONCURRENCY="1") as service:
-        before = workers_of(service, 1)
+    with altered("worker_connections = 1000", command=FEW_FILES) as service:
+        before = workers_of(service)
         with visitors(service, 150, write("GET", "/static/icon.svg")):
             said = wait_until(lambda: service.log.count("cannot accept"))
             # It says so ten times a second, and does not try all the time.
@@ -336,7 +347,7 @@ Thread.start = start_unless_forbidden
 
 def test_where_no_thread_can_start_visitors_wait_for_one_that_there_is(altered, tmp_path):
     forbidden = tmp_path / "forbidden"
-    with altered(NO_NEW_THREADS, WEB_CONCURRENCY="1", FORBIDDEN=str(forbidden)) as service:
+    with altered(NO_NEW_THREADS, FORBIDDEN=str(forbidden)) as service:
         assert get(service, "/").status == 200
         before = service.workers()
         forbidden.touch()
@@ -356,7 +367,6 @@ def test_it_starts_from_elsewhere_with_our_settings(shared_database):
         shared_database, command=f"gunicorn --config '{SETTINGS}' --chdir '{ROOT}' catvote:app", folder="/"
     ) as service:
         assert get(service, "/").status == 200
-        workers_of(service)
 
 
 def test_a_wrong_database_url_ends_the_start_with_one_line_in_the_log(tmp_path):
@@ -406,20 +416,25 @@ def test_workers_that_have_no_handlers_yet_end_at_once(number, altered):
 
 
 def test_a_worker_that_misses_the_rotation_of_logs_is_replaced(altered):
-    with altered(SLOWLY_FORKED, WEB_CONCURRENCY="1") as service:
-        (early,) = workers_of(service, 1)
+    with altered(SLOWLY_FORKED) as service:
+        (early,) = workers_of(service)
         early.send_signal(signal.SIGUSR1)
         wait_until(lambda: service.workers() and early not in service.workers())
 
 
 def test_at_the_end_visitors_who_have_asked_nothing_yet_have_a_moment_to_do_so(shared_database):
-    with Service(shared_database) as service, visitors(service, 4) as (visitor, *_):
+    with Service(shared_database, WEB_CONCURRENCY="2") as service, visitors(service, 4) as (visitor, *_):
         assert get(service, "/").status == 200
         service.process.terminate()
         time.sleep(0.5)
         visitor.sendall(LAST)
         assert [answer.status for answer in read(listen(visitor))] == [200]
         assert seconds_for(service.process.wait) < 10
+
+
+def test_two_workers_serve_unless_somebody_says_how_many(monkeypatch):
+    monkeypatch.delenv("WEB_CONCURRENCY", raising=False)
+    assert runpy.run_path(str(SETTINGS))["workers"] == 2
 
 
 def test_platforms_and_routers_find_the_times_they_need():

@@ -26,7 +26,7 @@ img {{ min-width: 0; height: 400px; object-fit: contain }}
 """
 
 with sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=which("chromium"))
+    browser = playwright.chromium.launch(executable_path=which("chromium-headless-shell") or which("chromium"))
     page = browser.new_page(viewport={"width": 1200, "height": 630}, color_scheme="light")
     page.goto((STATIC / "catvote.css").as_uri())  # the page that takes its place may load its neighbours
     page.set_content(PAGE)

@@ -100,7 +100,8 @@ class Service:
     """gunicorn with its workers, on a port of the loopback interface; a context manager that ends them.
 
     database_url -- its DATABASE_URL, if any
-    to_terminal -- for a person: it writes there, rather than into `log`, and sees all variables of this process
+    to_terminal -- for a person: it writes there, rather than into `log`, and sees all variables of this process; else it
+        has one worker, unless `environment` says otherwise
     command -- another one than the Procfile's to start it by, for sh
     folder -- another one than the project's to start it in
     environment -- more variables; GUNICORN_CMD_ARGS may bind it to another address
@@ -123,7 +124,7 @@ class Service:
         self.port = int(environment.get("PORT") or free_port())
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
-            **(os.environ if to_terminal else {}),
+            **(os.environ if to_terminal else {"WEB_CONCURRENCY": "1"}),
             **environment,
             **({"DATABASE_URL": database_url} if database_url else {}),
             "PORT": str(self.port),
