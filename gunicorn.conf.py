@@ -71,7 +71,7 @@ def on_starting(server):
     os.register_at_fork(before=hold_signals, after_in_parent=let_signals_come, after_in_child=end_by_signals)
 
 
-SIGNALS_TO_WORKERS = [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1]
+SIGNALS_TO_WORKERS = [signal.SIGTERM, signal.SIGQUIT, signal.SIGUSR1]
 hold_signals = partial(signal.pthread_sigmask, signal.SIG_BLOCK, SIGNALS_TO_WORKERS)
 let_signals_come = partial(signal.pthread_sigmask, signal.SIG_UNBLOCK, SIGNALS_TO_WORKERS)
 

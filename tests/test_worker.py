@@ -352,6 +352,7 @@ def test_where_no_thread_can_start_visitors_wait_for_one_that_there_is(altered, 
         before = service.workers()
         forbidden.touch()
         with visitors(service, 3, LAST[:9]) as slow, visitors(service, 1, LAST) as (waiting,):
+            time.sleep(0.5)  # by now the first of them has the only thread
             for visitor in slow:
                 visitor.sendall(LAST[9:])
             for visitor in [*slow, waiting]:
@@ -396,6 +397,14 @@ def test_a_reload_brings_changed_code(project, shared_database):
         wait_until(lambda: get(service, "/").body == b"changed")
 
 
+def test_a_reload_that_brings_a_mistake_ends_the_service_and_shows_nobody_a_traceback(project, shared_database):
+    with Service(shared_database, folder=project) as service:
+        with project.joinpath("catvote.py").open("a") as module:
+            module.write("no_such_name\n")
+        service.process.send_signal(signal.SIGHUP)
+        assert service.process.wait(timeout=20) == 3  # gunicorn's: a worker could not start
+
+
 @pytest.mark.parametrize(("value", "expected"), [("1", True), ("TRUE", True), ("", False), ("0", False), ("no", False)])
 def test_settings_and_application_agree_on_what_switches_development_on(value, expected, monkeypatch):
     monkeypatch.setenv("DEVELOPMENT", value)
@@ -407,7 +416,7 @@ def test_settings_and_application_agree_on_what_switches_development_on(value, e
 SLOWLY_FORKED = "os.register_at_fork(after_in_child=lambda: time.sleep(1))"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_workers_that_have_no_handlers_yet_end_at_once(number, altered):
     with altered(SLOWLY_FORKED) as service:
         workers_of(service)
