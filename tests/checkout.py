@@ -19,13 +19,23 @@ from local.service import Service
 @contextmanager
 def copy_of_project() -> Iterator[Path]:
     """Yield a new copy in a folder with a space in its name, with our packages but no settings and no votes."""
-    ignored = [".git", ".venv", ".env", ".postgres", ".*cache", ".hypothesis", "__pycache__"]
-    with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+    ignored = [".git", ".venv", ".env", ".postgres", ".*cache", ".hypothesis"]
+    with tempfile.TemporaryDirectory(dir=swift_folder()) as parent:
         os.chmod(parent, 0o755)  # the server's user may enter, so that the votes are kept in the copy
         folder = Path(parent).resolve() / "a copy"
         shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*ignored))
         lend_packages(folder)
         yield folder
+
+
+def swift_folder() -> str:
+    """Return where databases and copies for tests go: into memory where there is room, since each is hundreds of files."""
+    memory = "/dev/shm"
+    with suppress(OSError):  # not every system has it
+        status = os.statvfs(memory)
+        if status.f_bavail * status.f_frsize > 2**31 and not status.f_flag & os.ST_NOEXEC:
+            return memory
+    return "/tmp"
 
 
 def lend_packages(folder: Path) -> None:

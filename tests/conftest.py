@@ -12,11 +12,11 @@ from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
-from checkout import Running, copy_of_project
+from checkout import Running, copy_of_project, swift_folder
 from faults import backends, most_at_once, sql
 from inprocess import InProcess
 from local.postgres import LocalPostgres
-from local.processes import server_account, wait_until
+from local.processes import wait_until
 from local.service import Service
 from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
@@ -48,19 +48,12 @@ def server_of():
 
 
 @contextmanager
-def swift_server(**arguments):
-    """Yield a LocalPostgres whose new databases lie in memory if this machine has room: each is 300 files."""
-    memory = Path("/dev/shm")
-    if not memory.is_dir() or shutil.disk_usage(memory).free < 2**30:
-        with LocalPostgres(**arguments) as server:
-            yield server
-        return
-    with TemporaryDirectory(prefix="catvote-", dir=memory) as folder, LocalPostgres(**arguments) as server:
-        if account := server_account():
-            os.chown(folder, account["user"], account["group"])
-        with psycopg.connect(server.url(), autocommit=True) as connection:
-            connection.execute(f"CREATE TABLESPACE memory LOCATION '{folder}'")
-            connection.execute("ALTER DATABASE template0 SET TABLESPACE memory")  # which its copies inherit
+def swift_server(bindir=None, **options):
+    """Yield a LocalPostgres with its data in a swift folder, which keeps no more of its log than it needs."""
+    with (
+        TemporaryDirectory(prefix="catvote-", dir=swift_folder()) as folder,
+        LocalPostgres(Path(folder), bindir, options={"max_wal_size": "64MB", **options}) as server,
+    ):
         yield server
 
 

@@ -10,10 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 from client import get, vote
-from conftest import missing, new_database, unsurprised
+from conftest import missing, new_database, swift_server, unsurprised
 from faults import backends, sql
 from local import ROOT
-from local.postgres import LocalPostgres
 from local.processes import wait_until
 from local.service import Service
 
@@ -274,7 +273,7 @@ def errors_at_votes(connection, sqlstate):
 
 def test_an_error_means_the_same_where_the_database_speaks_another_language(serve, monkeypatch, caplog):
     monkeypatch.setenv("LANGUAGE", "de")
-    with LocalPostgres(options={"lc_messages": "C.UTF-8"}) as server, new_database(server) as url:
+    with swift_server(lc_messages="C.UTF-8") as server, new_database(server) as url:
         assert vote(serve(url)).not_counted  # there is no schema
     if "existiert nicht" not in caplog.text:
         pytest.skip("PostgreSQL's programs know no German here")

@@ -18,10 +18,9 @@ import psutil
 import psycopg
 import pytest
 from client import get, vote
-from conftest import missing, new_database, unsurprised
+from conftest import missing, new_database, swift_server, template_of, unsurprised
 from faults import Network, at_each_vote, backends, end_sessions, frozen, kill, recovery, sql
 from load import Load
-from local.postgres import LocalPostgres
 from local.processes import server_account, wait_until
 from local.service import Service
 
@@ -30,8 +29,8 @@ import catvote
 
 @pytest.fixture(scope="module")
 def server():
-    """A server that waits for the disk, as one in production does, and that tests may stop."""
-    with LocalPostgres(durable=True) as server:
+    """A server that tests may stop: a LocalPostgres."""
+    with swift_server() as server:
         yield server
 
 
@@ -39,8 +38,7 @@ def server():
 def database(server):
     """URL of a database with the schema and no votes, for one test."""
     server.start()
-    with new_database(server) as url:
-        catvote.initdb(url)
+    with new_database(server, template_of(server)) as url:
         yield url
 
 
@@ -336,7 +334,7 @@ def test_a_server_that_has_no_connection_left_is_said_to_and_used_as_soon_as_it_
 
 @pytest.fixture(scope="module")
 def tls_server():
-    """A server that speaks TLS, and does not wait for the disk: a LocalPostgres."""
+    """A server that speaks TLS: a LocalPostgres."""
     if not shutil.which("openssl"):
         missing("no openssl: apt-get install openssl")
     with TemporaryDirectory(dir="/tmp") as folder:
@@ -346,8 +344,7 @@ def tls_server():
         if account := server_account():
             for path in folder, key, certificate:
                 os.chown(path, account["user"], account["group"])
-        options = {"ssl": "on", "ssl_key_file": str(key), "ssl_cert_file": str(certificate)}
-        with LocalPostgres(options=options) as server:
+        with swift_server(ssl="on", ssl_key_file=str(key), ssl_cert_file=str(certificate)) as server:
             yield server
 
 

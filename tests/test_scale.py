@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from checkout import Running, make, nothing_runs_in, only_line
 from client import Answer
-from conftest import missing, new_database
+from conftest import missing, new_database, swift_server
 from faults import backends, frozen, kill, sql
 from load import Load
 from local import ROOT
@@ -412,12 +412,12 @@ def test_pgbouncer_tries_again_soon_after_a_login_that_failed(server, database, 
 @pytest.fixture
 def pair():
     """A server that waits at every commit for its standby, and that."""
-    with LocalPostgres(durable=True) as primary:
+    with swift_server() as primary:
         folder = Path(primary.base_dir, "standby")
         copy = [primary.bindir / "pg_basebackup", "--dbname", primary.url(), "--pgdata", folder / "data"]
         assert spawn([*copy, "--write-recovery-conf", "--checkpoint=fast"]).wait() == 0
         (folder / "password").write_text(primary.password)
-        with LocalPostgres(base_dir=folder, bindir=primary.bindir, durable=True) as standby:
+        with LocalPostgres(base_dir=folder, bindir=primary.bindir) as standby:
             for statement in guide("synchronous").split(";")[:-1]:
                 sql(primary.url(), statement)
             wait_until(lambda: sql(primary.url(), "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"))
