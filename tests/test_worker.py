@@ -1,17 +1,14 @@
 """gunicorn with our settings and our worker: visitors who stay, limits of the machine, signals, logs.
 
-What they are for `make dev` is tested with it, in test_startup.py and test_machines.py.
+What they are for `make dev` is tested with it, in test_startup.py.
 """
 
 import re
 import resource
 import runpy
-import shutil
 import signal
 import socket
-import ssl
 import struct
-import subprocess
 import time
 from contextlib import ExitStack, closing, contextmanager
 from http.client import HTTPConnection, HTTPResponse
@@ -19,7 +16,7 @@ from itertools import pairwise
 
 import pytest
 from client import FORM, get, listen, read, vote, write
-from conftest import missing, unsurprised
+from conftest import unsurprised
 from local import ROOT
 from local.processes import wait_until
 from local.service import Service
@@ -100,37 +97,8 @@ def test_who_stops_in_mid_request_keeps_no_thread_for_ever(altered):
         assert get(service, "/").status == 200
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory):
-    """Path of a certificate for localhost; its key is beside it."""
-    if not shutil.which("openssl"):
-        missing("no openssl: apt-get install openssl")
-    folder = tmp_path_factory.mktemp("certificate")
-    command = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key -out certificate"
-    subprocess.run(command, shell=True, cwd=folder, check=True, capture_output=True)
-    return folder / "certificate"
-
-
-@pytest.fixture(scope="module")
-def tls_service(shared_database, certificate):
-    """The service by https."""
-    arguments = f"--certfile={certificate} --keyfile={certificate.with_name('key')}"
-    with Service(shared_database, GUNICORN_CMD_ARGS=arguments) as service:
-        yield service
-
-
-@pytest.fixture(params=["shared_service", "tls_service"], ids=["http", "https"])
-def any_service(request):
-    """The service by http, and by https."""
-    return request.getfixturevalue(request.param)
-
-
-def test_who_is_refused_in_mid_body_can_go_on_and_read_why(any_service, tls_service, certificate):
-    with visitors(any_service, 1) as (visitor,):
-        if any_service is tls_service:
-            trusting = ssl.create_default_context(cafile=certificate)
-            visitor = trusting.wrap_socket(visitor, server_hostname="localhost")
-        visitor.sendall(REFUSED_IN_MID_BODY)
+def test_who_is_refused_in_mid_body_can_go_on_and_read_why(shared_service):
+    with visitors(shared_service, 1, REFUSED_IN_MID_BODY) as (visitor,):
         for _ in range(10):
             time.sleep(0.1)  # as over a slow line
             visitor.sendall(b"a" * 100)
@@ -148,23 +116,23 @@ def assert_none_ended(service, before):
     assert service.workers() == before
 
 
-def test_no_worker_ends_when_visitors_break_off(any_service):
-    workers = workers_of(any_service)
-    assert_none_ended(any_service, workers)  # from now on they have all files that they keep open
+def test_no_worker_ends_when_visitors_break_off(shared_service):
+    workers = workers_of(shared_service)
+    assert_none_ended(shared_service, workers)  # from now on they have all files that they keep open
     files = {worker: worker.num_fds() for worker in workers}
     for said in LAST, LAST[:9], REFUSED_IN_MID_BODY, b"":
-        with visitors(any_service, 10, said):
+        with visitors(shared_service, 10, said):
             pass
-        with visitors(any_service, 10, said) as breaking_off:
+        with visitors(shared_service, 10, said) as breaking_off:
             for visitor in breaking_off:
                 visitor.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
                 if said == LAST:
                     visitor.recv(1)
-    with visitors(any_service, 30, LAST) as staying:  # the last whom the workers have to close
+    with visitors(shared_service, 30, LAST) as staying:  # the last whom the workers have to close
         for visitor in staying:
             visitor.recv(1)
         wait_until(lambda: all(worker.num_fds() <= files[worker] + 3 for worker in files))  # 3 for the database
-    assert_none_ended(any_service, workers)
+    assert_none_ended(shared_service, workers)
 
 
 # An application that fails in the middle of its answers.
@@ -261,16 +229,18 @@ def post_worker_init(worker):
 @pytest.mark.alone
 def test_a_thread_waits_for_its_visitors_next_request(altered):
     with altered(WHO_AM_I + "threads = 7") as service:
-        visitors = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
-        for visitor in visitors:
-            visitor.request("GET", "/slowly")
-        others = {visitor.getresponse().read() for visitor in visitors}
+        connections = [HTTPConnection("127.0.0.1", service.port, timeout=10) for _ in range(8)]
+        for connection in connections:
+            connection.request("GET", "/slowly")
+        others = {connection.getresponse().read() for connection in connections}
         assert len(others) > 4  # threads that are free in a moment, and could serve the next request as well
 
         served_by = []
         for _ in range(30):
-            visitors[0].request("GET", "/")
-            served_by.append(visitors[0].getresponse().read())
+            connections[0].request("GET", "/")
+            served_by.append(connections[0].getresponse().read())
+        for connection in connections:
+            connection.close()
         stayed = sum(before == after for before, after in pairwise(served_by))
         assert stayed > 15  # a busy machine may be late now and then
 
@@ -405,7 +375,7 @@ def test_a_reload_that_brings_a_mistake_ends_the_service_and_shows_nobody_a_trac
         assert service.process.wait(timeout=20) == 3  # gunicorn's: a worker could not start
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", True), ("TRUE", True), ("", False), ("0", False), ("no", False)])
+@pytest.mark.parametrize(("value", "expected"), [("TRUE", True), ("0", False)])
 def test_settings_and_application_agree_on_what_switches_development_on(value, expected, monkeypatch):
     monkeypatch.setenv("DEVELOPMENT", value)
     assert runpy.run_path(str(SETTINGS))["reload"] is expected

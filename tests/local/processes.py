@@ -27,7 +27,7 @@ def wait_until(happened: Callable[[], Found], seconds: float = 30) -> Found:
         if time.monotonic() > deadline:
             name = getattr(happened, "__qualname__", happened)
             raise TimeoutError(f"{name} has not come true within {seconds} seconds")
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
 
 
