@@ -583,8 +583,8 @@ class Connection(psycopg.Connection):
 
         Past the deadline, ask the server to cancel the statement, and wait a little longer for what it says to that.
 
-        psycopg calls this for each statement, and passes no `timeout` (checked: 3.3.9; guarded by test_http.py and test_faults.py).
-        The request to cancel ends in time since libpq 17, which psycopg[binary] brings.
+        psycopg calls this for each statement, and passes no `timeout` (checked: 3.3.9; guarded by test_http.py and
+        test_faults.py). The request to cancel ends in time since libpq 17, which psycopg[binary] brings.
         """
         try:
             return super().wait(gen, interval, timeout=self.deadline - monotonic())

