@@ -22,7 +22,7 @@ NEEDED = packages
 endif
 
 PYTEST = .venv/bin/python -m pytest
-AT_ONCE = -n 4 --dist worksteal -m "not alone"
+AT_ONCE = -n 5 --dist worksteal -m "not alone"
 
 define REPORT
 SELECT vote, votes, repeat('█', (40 * votes / greatest(max(votes) OVER (), 1))::int) AS share
@@ -66,7 +66,7 @@ check: test-packages ## Find out in 20 seconds whether a change is sound: code s
 	@.venv/bin/ruff check && .venv/bin/ruff format --check
 	@exec $(PYTEST) $(AT_ONCE) tests/test_schema.py tests/test_http.py
 
-test: test-packages ## Run all tests: four at a time, then one by one those that depend on time
+test: test-packages ## Run all tests: five at a time, then one by one those that depend on time
 	@$(PYTEST) $(AT_ONCE) tests; status=$$?; $(PYTEST) -m alone tests && exit $$status
 
 initdb: $(NEEDED) ## Apply schema.sql to the database, again and again if you like

@@ -11,6 +11,7 @@ from client import FORM, HOST, ask, get, talk, vote, write
 OWN, FOREIGN = f"Origin: http://{HOST}", "Origin: https://evil.example"
 PASSES, REFUSED = 303, 403
 SITES = {
+    "no browser": ([], PASSES),
     "none": (["Sec-Fetch-Site: none"], PASSES),
     "cross-site, own Origin": (["Sec-Fetch-Site: cross-site", OWN], REFUSED),
     "same-origin, foreign Origin": (["Sec-Fetch-Site: same-origin", FOREIGN], PASSES),
